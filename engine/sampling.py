@@ -33,7 +33,9 @@ class SamplingParams:
         _require(0.0 <= self.temperature <= 5.0, "temperature", self.temperature, "0 to 5")
         _require(self.seed is None or 0 <= self.seed < 2**63, "seed", self.seed, "0 to 2^63-1")
         _require(self.max_tokens >= 1, "max_tokens", self.max_tokens, "1 or more")
-        _require(self.tree_nodes is None or 1 <= self.tree_nodes <= 64, "tree_nodes", self.tree_nodes, "auto or 1 to 64")
+        _require(
+            self.tree_nodes is None or 1 <= self.tree_nodes <= 64, "tree_nodes", self.tree_nodes, "auto or 1 to 64"
+        )
         _require(self.acceptance in ("exact", "typical"), "acceptance", self.acceptance, "exact or typical")
         _require(0.0 < self.epsilon <= 1.0, "epsilon", self.epsilon, "above 0, at most 1")
         _require(0.0 < self.delta <= 1.0, "delta", self.delta, "above 0, at most 1")
