@@ -8,13 +8,12 @@ the hidden state, and which output matrix it uses. The tree's shape and the veri
 
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import InvalidParameterError
 
-__all__ = ["HeadsConfig", "MedusaHead", "MedusaHeads"]
+__all__ = ["HeadsConfig", "MedusaHead", "MedusaHeads", "parameter_count", "seen_embeddings"]
 
 SEES = ("hidden", "root", "path")
 OUTPUTS = ("own", "shared", "truncated", "own_truncated")

@@ -130,9 +130,7 @@ def _check(ordered: list[Choice]) -> None:
     known = {()}
     for choice in ordered:
         if not choice or min(choice) < 0:
-            raise ValueError(
-                f"Choice {choice} is not a path of ranks from 0; the root is implied and must not be listed."
-            )
+            raise ValueError(f"Choice {choice} is not a path of ranks from 0; leave out the root, it is implied.")
         if choice in known:
             raise ValueError(f"Choice {choice} is listed twice; list every node once.")
         if choice[:-1] not in known:
