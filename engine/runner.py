@@ -1,0 +1,54 @@
+"""What the decode loop needs from a loaded backbone, whatever device and kernels are behind it.
+
+A runner owns the weights and the cache. Committed rows are part of the text; scratch rows belong to the tree being
+verified and live until `commit` or the next `verify`. The contract that makes Medusa's toggle leave the text alone:
+the hidden state, the logits and the cached rows of a token depend on the token and its ancestors alone, bit for bit,
+never on how many rows were computed beside it.
+"""
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from torch import Tensor
+
+from engine.backbone import BackboneConfig
+from engine.tree import CandidateTree
+
+__all__ = ["Runner"]
+
+
+class Runner(Protocol):
+    """One backbone with one sequence in its cache."""
+
+    config: BackboneConfig
+    device: str
+    weights: str  # what the linears are, for people: "Q4_1 as packed int4"
+
+    @property
+    def num_committed(self) -> int:
+        """Rows in the cache that are part of the text."""
+        ...
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor:
+        """Append tokens to the committed text; return the last one's hidden state [hidden]."""
+        ...
+
+    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+        """Run the tree's nodes after the committed text: tokens [nodes] -> hidden states [nodes, hidden]."""
+        ...
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Apply `lm_head`: [rows, hidden] -> float32 [rows, vocab]."""
+        ...
+
+    def commit(self, path: Sequence[int]) -> None:
+        """Append the nodes of `path` (root first) to the committed text; the other scratch rows are dropped."""
+        ...
+
+    def truncate(self, length: int) -> None:
+        """Forget committed rows from `length` on."""
+        ...
+
+    def memory_bytes(self) -> int:
+        """Bytes held by weights and cache."""
+        ...
