@@ -83,12 +83,20 @@ class HeadsAssembler:
 
     def check_sizes(self) -> None:
         """Compare the file with the target by its first matrices, which give the clearest message."""
-        first = self.source.shape(self.layout.weights[0][0])
-        if len(first) != 2:
-            raise CheckpointMismatchError(f"{self.layout.weights[0][0]} has shape {list(first)}, not a matrix's.")
-        self._check("hidden size", first[1])
-        if self.layout.outputs and self.layout.token_map is None:
-            self._check("vocabulary", self.source.shape(self.layout.outputs[0])[0])
+        self._check("hidden size", self._matrix_shape(self.layout.weights[0][0])[1])
+        if self.layout.outputs:
+            rows, columns = self._matrix_shape(self.layout.outputs[0])
+            self._check("hidden size", columns)
+            if self.layout.token_map is None:
+                self._check("vocabulary", rows)
+
+    def _matrix_shape(self, name: str) -> tuple[int, int]:
+        shape = self.source.shape(name)
+        if len(shape) != 2:
+            raise CheckpointMismatchError(
+                f"{name} in {self.source.path} has shape {list(shape)}, not a matrix's; get another copy."
+            )
+        return shape[0], shape[1]
 
     def _check(self, what: str, size: int) -> None:
         check_size(self.source.path, what, size, self.target, self.base_name)
@@ -140,7 +148,7 @@ class HeadsAssembler:
         vocab, hidden = self.target.vocab_size, self.target.hidden_size
         if token_map is None:
             return self._take(name, (vocab, hidden), dtype)
-        is_full = self.source.shape(name)[0] == vocab and len(token_map) < vocab
+        is_full = self.source.shape(name) == (vocab, hidden) and len(token_map) < vocab
         matrix = self._take(name, (vocab if is_full else len(token_map), hidden), dtype)
         return matrix[token_map] if is_full else matrix
 

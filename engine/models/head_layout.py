@@ -6,10 +6,9 @@ the names, never from a config.json. A layout is complete: gaps are refused here
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
+from itertools import chain, islice
 
 from engine.errors import CheckpointMismatchError
-from engine.models.tensor_files import some_names
 
 __all__ = ["HeadLayout", "build_layout"]
 
@@ -56,13 +55,13 @@ def build_layout(
     """
     num_heads = 1 + max(head for head, _ in weights)
     num_layers = 1 + max(layer for _, layer in weights)
-    places = [(head, layer) for head in range(num_heads) for layer in range(num_layers)]
-    _need_all("block weights (head, layer)", places, weights)
+    places = ((head, layer) for head in range(num_heads) for layer in range(num_layers))
+    _need_all("the block weights (head, layer)", places, weights)
     if biases:
-        _need_all("block biases (head, layer)", places, biases)
+        _need_all("the block biases (head, layer)", weights, biases)
     if outputs:
-        _need_all("output matrices of heads", range(num_heads), outputs)
-    for kind, unknown in (("biases", set(biases) - set(places)), ("outputs", set(outputs) - set(range(num_heads)))):
+        _need_all("the output matrices of heads", range(num_heads), outputs)
+    for kind, unknown in (("biases", set(biases) - set(weights)), ("outputs", set(outputs) - set(range(num_heads)))):
         if unknown:
             raise CheckpointMismatchError(
                 f"The heads have {kind} at {sorted(unknown)} without a residual block there; "
@@ -78,10 +77,9 @@ def build_layout(
 
 
 def _need_all(what: str, expected: Iterable[object], found: Mapping) -> None:
-    expected = list(expected)
-    missing = [str(place) for place in expected if place not in found]
+    # Stops at a few gaps: a damaged name may count to a billion.
+    missing = [str(place) for place in islice((place for place in expected if place not in found), 4)]
     if missing:
         raise CheckpointMismatchError(
-            f"The heads lack {len(missing)} of {len(expected)} {what}: {some_names(missing)}; "
-            "the checkpoint is incomplete, download or export it again."
+            f"The heads lack {what} at {', '.join(missing)}; the checkpoint is incomplete, download or export it again."
         )
