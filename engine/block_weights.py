@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK", "DenseWeight", "Q4Affine", "Q8Symmetric", "Weight", "concat_rows"]
+__all__ = ["BLOCK", "DenseWeight", "Q4Affine", "Q8Symmetric", "Weight", "concat_rows", "quantize_q4"]
 
 BLOCK = 32
 
@@ -96,3 +96,13 @@ def concat_rows(weights: Sequence[Weight]) -> Weight:
 
 def _stack(weights: Sequence[Weight], name: str) -> Tensor:
     return torch.cat([getattr(weight, name) for weight in weights])
+
+
+def quantize_q4(values: Tensor) -> Q4Affine:
+    """Round a matrix [N, K] to 16 even steps between each block's smallest and largest value."""
+    blocks = values.float().view(values.shape[0], -1, BLOCK)
+    low, high = blocks.aminmax(dim=-1)
+    minimum = low.half()
+    scale = ((high - low) / 15).clamp(min=1e-8).half()
+    codes = (blocks - minimum.float().unsqueeze(-1)) / scale.float().clamp(min=1e-8).unsqueeze(-1)
+    return Q4Affine(codes.round().clamp(0, 15).to(torch.uint8).flatten(1), scale, minimum)

@@ -5,11 +5,15 @@ the processed logits and that number. So a token does not depend on how many nod
 text for a seed is the same with Medusa on and off.
 """
 
+import secrets
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from engine.errors import InvalidParameterError
 
-__all__ = ["SamplingParams"]
+__all__ = ["SamplingParams", "draw_seed", "position_uniform", "sample", "target_probabilities"]
 
 
 @dataclass(frozen=True)
@@ -44,3 +48,38 @@ class SamplingParams:
 def _require(holds: bool, name: str, value: object, allowed: str) -> None:
     if not holds:
         raise InvalidParameterError(f"{name} is {value}; allowed is {allowed}.")
+
+
+def draw_seed() -> int:
+    """Return a fresh seed, small enough to read out and type in again."""
+    return secrets.randbelow(2**32)
+
+
+def position_uniform(seed: int, position: int) -> float:
+    """Return the uniform number in [0, 1) of the token at absolute `position`: two rounds of splitmix64.
+
+    A counter-based generator, so any position can be asked for in any order.
+    """
+    return (_mix(_mix(seed) + position) >> 11) * 2.0**-53
+
+
+def target_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Return the distribution that a token is drawn from: float32 logits [..., vocab] -> float64 [..., vocab]."""
+    return torch.softmax(logits.double() / params.temperature, dim=-1)
+
+
+def sample(logits: Tensor, params: SamplingParams, seed: int, position: int) -> int:
+    """Choose the token at `position` from its logits [vocab]: the best one at temperature 0, else by inverse CDF."""
+    if params.temperature == 0:
+        return int(logits.argmax())
+    cumulative = target_probabilities(logits, params).cumsum(-1)
+    threshold = position_uniform(seed, position) * cumulative[-1]
+    return min(int(torch.searchsorted(cumulative, threshold, right=True)), len(cumulative) - 1)
+
+
+def _mix(value: int) -> int:
+    mask = (1 << 64) - 1
+    value = (value + 0x9E3779B97F4A7C15) & mask
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & mask
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & mask
+    return value ^ (value >> 31)

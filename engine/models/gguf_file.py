@@ -6,15 +6,17 @@ rotary layout; they come back here in the half-split order, which only permutes 
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
-from gguf import GGMLQuantizationType, GGUFReader, dequantize
+from gguf import GGMLQuantizationType, dequantize
 from torch import Tensor
 
 from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights
 from engine.block_weights import BLOCK, DenseWeight, Q4Affine, Q8Symmetric, Weight
 from engine.errors import ModelNotFoundError
+from engine.models.gguf_reader import read_gguf
 
 __all__ = ["GGUFModel", "TokenizerFields"]
 
@@ -36,10 +38,10 @@ class GGUFModel:
 
     def __init__(self, path: Path) -> None:
         try:
-            self._reader = GGUFReader(path)
+            header = read_gguf(path)
         except (OSError, ValueError) as error:
             raise ModelNotFoundError(f"{path} cannot be read as a GGUF file ({error}); download it again.") from error
-        self._tensors = {tensor.name: tensor for tensor in self._reader.tensors}
+        self._fields, self._tensors = header.fields, header.tensors
         architecture = self._field("general.architecture")
         if architecture != "llama":
             raise ModelNotFoundError(f"{path.name} holds a {architecture} model; this reader knows llama only.")
@@ -60,6 +62,15 @@ class GGUFModel:
             rms_norm_eps=float(self._field("llama.attention.layer_norm_rms_epsilon")),
             max_positions=int(self._field("llama.context_length")),
         )
+
+    def weight_format(self) -> str:
+        """Return the block type of most of the layers' matrices, for people: "Q4_1"."""
+        kinds = [
+            tensor.kind.name
+            for name, tensor in self._tensors.items()
+            if name.startswith("blk.") and tensor.data.ndim > 1
+        ]
+        return max(set(kinds), key=kinds.count)
 
     def weights(self) -> BackboneWeights:
         """Return all weights in their own block formats."""
@@ -86,7 +97,7 @@ class GGUFModel:
     def weight(self, name: str) -> Weight:
         """Return one matrix: Q4_1, Q4_0 and Q8_0 as blocks, every other type as dense float32."""
         tensor = self._tensors[name]
-        kind = tensor.tensor_type
+        kind = tensor.kind
         if kind == GGMLQuantizationType.Q4_1:
             return _read_q4(tensor.data, has_minimum=True)
         if kind == GGMLQuantizationType.Q4_0:
@@ -112,11 +123,11 @@ class GGUFModel:
         )
 
     def _vector(self, name: str) -> Tensor:
-        return torch.from_numpy(np.array(self._tensors[name].data, dtype=np.float32))
+        tensor = self._tensors[name]
+        return torch.from_numpy(dequantize(tensor.data, tensor.kind).astype(np.float32))
 
-    def _field(self, key: str, default: object = None):  # the file decides the type
-        field = self._reader.get_field(key)
-        return default if field is None else field.contents()
+    def _field(self, key: str, default: Any = None) -> Any:  # the file decides the type
+        return self._fields.get(key, default)
 
 
 def _read_q4(data: np.ndarray, has_minimum: bool) -> Q4Affine:

@@ -1,0 +1,136 @@
+"""Put a read model onto a device: choose the linears once, and say what was chosen.
+
+Every choice between formats and every fallback is made here, with its reason, before the first token.
+"""
+
+import os
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import nn
+
+from engine.backbone import Backbone, BackboneConfig, BackboneWeights, LinearFactory
+from engine.block_weights import DenseWeight, Q4Affine, Q8Symmetric, Weight, quantize_q4
+from engine.bnb_linear import BnbInt8Linear, NF4Linear
+from engine.draft import HeadsDrafter
+from engine.errors import InvalidParameterError, UnsupportedDeviceError
+from engine.heads import MedusaHeads
+from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
+from engine.torch_runner import TorchRunner
+
+__all__ = ["build_drafter", "build_runner", "choose_device", "use_all_cores"]
+
+QUANTIZE = {"cpu": ("int4", "int8", "none"), "cuda": ("nf4", "int8", "none")}
+_MAX_THREADS = 16  # decode is bound by memory; more threads only wait for each other
+
+
+def choose_device(device: str) -> str:
+    """Resolve "auto"; raises UnsupportedDeviceError where CUDA is asked for and absent."""
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cuda" and not torch.cuda.is_available():
+        raise UnsupportedDeviceError("No CUDA device is available to torch; use --device cpu or install its driver.")
+    if device not in QUANTIZE:
+        raise InvalidParameterError(f"device is {device!r}; allowed is auto, cpu or cuda.")
+    return device
+
+
+def use_all_cores() -> None:
+    """Give torch the cores this process may run on."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(min(cores, _MAX_THREADS))
+
+
+def build_runner(
+    config: BackboneConfig, weights: BackboneWeights, *, device: str, quantize: str, source_format: str
+) -> TorchRunner:
+    """Quantise or repack a model's weights for `device` and wrap it in a runner."""
+    chosen = QUANTIZE[device][0] if quantize == "auto" else quantize
+    if chosen not in QUANTIZE[device]:
+        allowed = ", ".join(QUANTIZE[device])
+        raise InvalidParameterError(f"quantize is {quantize!r}; on {device} allowed is auto, {allowed}.")
+    plan = _plan_cpu(chosen, source_format) if device == "cpu" else _plan_cuda(chosen)
+    backbone = Backbone(
+        config,
+        weights,
+        embed=_embedding(weights.embedding, plan.dtype),
+        linear=plan.linear,
+        lm_head=plan.lm_head(weights.lm_head),
+        dtype=plan.dtype,
+    ).to(device)
+    return TorchRunner(backbone, device=device, dtype=plan.dtype, weights=plan.label, exact=device == "cpu")
+
+
+def build_drafter(heads: MedusaHeads, backbone: Backbone, lm_head: Weight, device: str) -> HeadsDrafter:
+    """Put heads beside their backbone: packed int4 on a CPU, 16 bit on a GPU."""
+    linear: LinearFactory = _pack_int4 if device == "cpu" else partial(DenseLinear, dtype=torch.bfloat16)
+    shared = None
+    if not heads.config.output.startswith("own"):
+        rows = lm_head if heads.token_map is None else lm_head.permute_rows(heads.token_map)
+        shared = linear(rows).to(device)
+    _swap_linears(heads, linear)
+    heads = heads.to(device=device, dtype=torch.bfloat16) if device != "cpu" else heads
+    return HeadsDrafter(heads, backbone.embed, shared)
+
+
+@dataclass(frozen=True)
+class _Plan:
+    linear: LinearFactory
+    lm_head: LinearFactory
+    dtype: torch.dtype
+    label: str
+
+
+def _plan_cpu(quantize: str, source_format: str) -> _Plan:
+    if quantize == "int4":
+        return _Plan(_pack_int4, Int8Linear, torch.bfloat16, f"{source_format} as packed int4")
+    if quantize == "int8":
+        return _Plan(Int8Linear, Int8Linear, torch.bfloat16, "int8")
+    dense = partial(RowwiseLinear, dtype=torch.bfloat16)
+    return _Plan(dense, dense, torch.bfloat16, "bfloat16")
+
+
+def _plan_cuda(quantize: str) -> _Plan:
+    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    dense = partial(DenseLinear, dtype=dtype)
+    if quantize == "none":
+        return _Plan(dense, dense, dtype, str(dtype).removeprefix("torch."))
+    try:
+        import bitsandbytes  # noqa: F401
+    except ImportError as error:
+        raise UnsupportedDeviceError(
+            f"{quantize} on a GPU needs bitsandbytes ({error}); run python launcher.py --repair or use --quantize none."
+        ) from error
+    kind = NF4Linear if quantize == "nf4" else BnbInt8Linear
+    return _Plan(partial(kind, device="cuda", dtype=dtype), dense, dtype, f"{quantize} (bitsandbytes)")
+
+
+def _pack_int4(weight: Weight) -> nn.Module:
+    return PackedInt4Linear(weight if isinstance(weight, Q4Affine) else quantize_q4(weight.dequantize()))
+
+
+def _embedding(weight: Weight, dtype: torch.dtype) -> nn.Module:
+    if isinstance(weight, Q8Symmetric):
+        return QuantizedEmbedding(weight, dtype)
+    return nn.Embedding.from_pretrained(weight.dequantize().to(dtype))
+
+
+def _swap_linears(module: nn.Module, linear: LinearFactory) -> None:
+    """Replace every bias-free nn.Linear below `module`; a paper block's biased one becomes a sum."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            setattr(module, name, _Biased(linear(DenseWeight(child.weight.detach())), child.bias))
+        else:
+            _swap_linears(child, linear)
+
+
+class _Biased(nn.Module):
+    def __init__(self, linear: nn.Module, bias: nn.Parameter | None) -> None:
+        super().__init__()
+        self.linear = linear
+        self.bias = None if bias is None else nn.Parameter(bias.detach().bfloat16(), requires_grad=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out = self.linear(x)
+        return out if self.bias is None else out + self.bias

@@ -1,0 +1,187 @@
+"""The engine: a model loaded once, and answers streamed from it.
+
+Messages and settings in, `GenerationChunk`s out. One answer at a time. What the cache holds is remembered as tokens, so
+the next prompt prefills only what follows the common beginning.
+"""
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+from engine.answer import AnswerRecord
+from engine.build import build_drafter, build_runner, choose_device, use_all_cores
+from engine.decode import DecodeLoop
+from engine.draft import Drafter
+from engine.errors import CheckpointMismatchError, ContextLengthError, EngineError
+from engine.models.heads_file import load_heads
+from engine.models.loader import LoadedModel, open_model
+from engine.models.tokenizer import ChatTokenizer
+from engine.nested_tree import NestedTree
+from engine.records import EngineInfo, GenerationChunk
+from engine.runner import Runner
+from engine.sampling import SamplingParams, draw_seed
+
+__all__ = ["Engine"]
+
+Messages = Sequence[dict[str, str]]
+
+
+class Engine:
+    """A loaded model that answers; see `load`. The parts are injected so that tests can bring their own."""
+
+    def __init__(
+        self,
+        *,
+        name: str,
+        runner: Runner,
+        tokenizer: ChatTokenizer,
+        drafter: Drafter | None,
+        trees: NestedTree,
+        heads_reason: str = "",
+    ) -> None:
+        self._name, self._runner, self._tokenizer = name, runner, tokenizer
+        self._drafter, self._trees, self._heads_reason = drafter, trees, heads_reason
+        self._cached: list[int] = []  # the tokens behind the committed rows
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(
+        cls,
+        model: str = "bundled",
+        *,
+        device: str = "auto",
+        quantize: str = "auto",
+        heads: str | None = "auto",
+        progress: Callable[[str], None] | None = None,
+    ) -> "Engine":
+        """Load a model and its heads.
+
+        Heads that do not load leave Medusa off, with the reason in `info.heads_reason`, unless a file was named.
+        Raises EngineError with the remedy.
+        """
+        say = progress or (lambda message: None)
+        chosen = choose_device(device)
+        use_all_cores()
+        say(f"Reading {model}")
+        source = open_model(model)
+        say(f"Preparing the weights for {chosen}")
+        runner = build_runner(
+            source.config, source.weights, device=chosen, quantize=quantize, source_format=source.weight_format
+        )
+        say("Loading the draft heads")
+        drafter, trees, reason = _load_heads(heads, source, runner)
+        return cls(
+            name=source.name,
+            runner=runner,
+            tokenizer=source.tokenizer,
+            drafter=drafter,
+            trees=trees,
+            heads_reason=reason,
+        )
+
+    @property
+    def info(self) -> EngineInfo:
+        return EngineInfo(
+            model=self._name,
+            device=self._runner.device,
+            weights=self._runner.weights,
+            max_context=self._runner.config.max_positions,
+            has_heads=self._drafter is not None,
+            heads_reason=self._heads_reason,
+            num_heads=self._drafter.max_depth if self._drafter else 0,
+            memory_bytes=self._runner.memory_bytes(),
+        )
+
+    def count_tokens(self, messages: Messages) -> int:
+        """Count the prompt that `messages` make."""
+        return len(self._tokenizer.encode_chat(messages))
+
+    def stream(
+        self, messages: Messages, params: SamplingParams, stop: threading.Event | None = None
+    ) -> Iterator[GenerationChunk]:
+        """Answer `messages`; the last chunk carries the result. Setting `stop` ends the answer after the current step.
+
+        Raises ContextLengthError where the prompt leaves no room for an answer.
+        """
+        with self._lock:
+            yield from self._answer(messages, params, stop or threading.Event())
+
+    def _answer(self, messages: Messages, params: SamplingParams, stop: threading.Event) -> Iterator[GenerationChunk]:
+        started = time.perf_counter()
+        prompt = self._tokenizer.encode_chat(messages)
+        limit = self._room(len(prompt), params.max_tokens)
+        record = AnswerRecord(self._tokenizer, limit, started)
+        drafter = self._drafter if params.medusa else None
+        seed = draw_seed() if params.seed is None else params.seed
+        loop = DecodeLoop(self._runner, drafter, params, seed)
+        tree = self._trees.first(self._tree_nodes(params) if drafter else 0)
+        cached = self._reuse(prompt)
+        try:
+            yield record.first(loop.prefill(prompt[cached:]))
+            steps = loop.steps(tree)
+            while record.finish_reason is None and not stop.is_set():
+                yield record.add(next(steps))
+        finally:
+            self._remember(prompt, record.tokens)
+        yield record.finish(
+            prompt_tokens=len(prompt),
+            cached_tokens=cached,
+            medusa=drafter is not None,
+            tree_nodes=tree.num_drafted,
+            runner=self._runner,
+            seed=seed,
+        )
+
+    def _tree_nodes(self, params: SamplingParams) -> int:
+        return params.tree_nodes or self._trees.default_nodes[self._runner.device]
+
+    def _room(self, prompt_tokens: int, max_tokens: int) -> int:
+        room = self._runner.config.max_positions - prompt_tokens
+        if room < 1:
+            raise ContextLengthError(
+                f"The conversation is {prompt_tokens} tokens long and the model holds "
+                f"{self._runner.config.max_positions}; start a new chat or shorten it."
+            )
+        return min(room, max_tokens)
+
+    def _reuse(self, prompt: list[int]) -> int:
+        """Keep the cached rows that the prompt begins with; at least its last token is always run again."""
+        common = 0
+        for ours, theirs in zip(self._cached, prompt[:-1], strict=False):
+            if ours != theirs:
+                break
+            common += 1
+        self._runner.truncate(common)
+        self._cached = prompt[:common]
+        return common
+
+    def _remember(self, prompt: list[int], answer: Sequence[int]) -> None:
+        """Drop cached rows past the answer's end and note what the others hold."""
+        text = [*prompt, *answer]
+        self._runner.truncate(len(text))
+        self._cached = text[: self._runner.num_committed]
+
+
+def _load_heads(heads: str | None, source: LoadedModel, runner: Runner) -> tuple[Drafter | None, NestedTree, str]:
+    path = source.heads_path if heads == "auto" else Path(heads) if heads and heads != "none" else None
+    if path is None:
+        reason = "heads were switched off" if heads in (None, "none") else f"no heads are known for {source.name}"
+        return None, NestedTree.default(), reason
+    try:
+        loaded = load_heads(path)
+        _check_fit(loaded.config.hidden_size, source.config.hidden_size, "hidden size")
+        _check_fit(loaded.config.vocab_size, source.config.vocab_size, "vocabulary")
+    except EngineError as error:
+        if heads != "auto":
+            raise
+        return None, NestedTree.default(), str(error)
+    drafter = build_drafter(loaded, runner.backbone, source.weights.lm_head, runner.device)
+    return drafter, NestedTree.beside(path).limited(loaded.config.num_heads), ""
+
+
+def _check_fit(heads: int, backbone: int, what: str) -> None:
+    if heads != backbone:
+        raise CheckpointMismatchError(
+            f"The heads were trained for a {what} of {heads}, this model's is {backbone}; use its own heads."
+        )
