@@ -1,0 +1,147 @@
+// What every kernel here builds on: 16-bit activations, fragments of the tensor cores, asynchronous copies.
+// No CUDA header is included, so that the run-time compiler needs none on the user's machine. A kernel source never
+// writes PTX itself: a host-side emulator supplies these same names in the tests.
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+
+#ifndef BF16
+#define BF16 1
+#endif
+
+#define DYNAMIC_SHARED(name) extern __shared__ __align__(16) u8 name[]
+#define SHARED __shared__
+
+// ---- 16-bit activations: bfloat16 with BF16=1 (compute capability 8.0 and up), else float16 ----
+
+__device__ __forceinline__ float to_float(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    float value;
+    asm("cvt.f32.f16 %0, %1;" : "=f"(value) : "h"(bits));
+    return value;
+#endif
+}
+
+__device__ __forceinline__ u16 from_float(float value) {
+    u16 bits;
+#if BF16
+    asm("cvt.rn.bf16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#else
+    asm("cvt.rn.f16.f32 %0, %1;" : "=h"(bits) : "f"(value));
+#endif
+    return bits;
+}
+
+__device__ __forceinline__ u32 pack2(float low, float high) {
+    return (u32)from_float(low) | ((u32)from_float(high) << 16);
+}
+
+// ---- bytes ----
+
+// Four bytes chosen from the eight of (low, high) by the selector's nibbles. A nibble with bit 3 set gives the sign of
+// the chosen byte, repeated: 0x00 or 0xff.
+__device__ __forceinline__ u32 byte_permute(u32 low, u32 high, u32 selector) {
+    u32 result;
+    asm("prmt.b32 %0, %1, %2, %3;" : "=r"(result) : "r"(low), "r"(high), "r"(selector));
+    return result;
+}
+
+// Four int8 codes -> the two at bytes PICK, PICK + 1 as exact activations.
+template <int PICK>
+__device__ __forceinline__ u32 widen_int8(u32 codes) {
+    u32 result;
+#if BF16
+    // 0x43 over a byte is 128 + its low seven bits while the top bit is clear; a set one (a negative code) stands for
+    // -128: (128 + low seven bits) - (negative ? 256 : 128), where 0x4380 is 256.
+    u32 lanes = byte_permute(codes, 0x43434343u, PICK == 0 ? 0x4140 : 0x4342);
+    u32 low = lanes & 0xff7fff7fu, shift = lanes & 0xff80ff80u;
+    asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(result) : "r"(shift), "r"(0xbf80bf80u), "r"(low));
+#else
+    // 0x64 over a byte is 1024 + the byte.
+    u32 lanes = byte_permute(codes ^ 0x80808080u, 0x64646464u, PICK == 0 ? 0x4140 : 0x4342);
+    asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(lanes), "r"(0x64806480u));
+#endif
+    return result;
+}
+
+// ---- memory ----
+
+__device__ __forceinline__ uint4 load_once16(const void* address) {  // weights: read by one thread, once
+    uint4 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ float2 load_once8(const void* address) {
+    float2 v;
+    asm volatile("ld.global.nc.L1::no_allocate.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(address));
+    return v;
+}
+
+__device__ __forceinline__ void copy16_async(void* shared, const void* global) {
+#if __CUDA_ARCH__ >= 800
+    u32 target = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
+#else
+    *(uint4*)shared = *(const uint4*)global;
+#endif
+}
+
+__device__ __forceinline__ void commit_copies() {
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.commit_group;" ::: "memory");
+#endif
+}
+
+template <int PENDING>
+__device__ __forceinline__ void wait_copies() {  // until at most PENDING committed groups are in flight
+#if __CUDA_ARCH__ >= 800
+    asm volatile("cp.async.wait_group %0;" ::"n"(PENDING) : "memory");
+#endif
+}
+
+// ---- tensor cores ----
+
+// c[16 x 8] += a[16 x 16] * b[16 x 8]. With g = lane / 4 and q = lane % 4: a0 = (row g, k 2q..2q+1), a1 = (row g + 8,
+// same k), a2 = (row g, k + 8), a3 = (row g + 8, k + 8); b0 = (k 2q..2q+1, column g), b1 = (k + 8); c0, c1 = (row g,
+// columns 2q, 2q + 1), c2, c3 = (row g + 8). An element's bits depend on its row of a and its column of b alone.
+__device__ __forceinline__ void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if BF16
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#elif __CUDA_ARCH__ >= 800
+    asm volatile(
+        "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#else
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
+    asm volatile(
+        "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
+        : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
+#endif
+}
+
+// ---- the kernel before and the kernel after (programmatic dependent launch; no effect where it is not asked for) ----
+
+__device__ __forceinline__ void let_next_kernel_start() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
+__device__ __forceinline__ void wait_for_previous_kernel() {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}

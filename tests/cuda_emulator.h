@@ -1,0 +1,213 @@
+// Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
+// A thread block is a set of fibers that take turns; barriers and warp operations are where they give way. Blocks run
+// one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
+// so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
+#include <ucontext.h>
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstdio>
+#include <cstdlib>
+#include <cstring>
+#include <functional>
+#include <random>
+#include <vector>
+
+typedef unsigned char u8;
+typedef signed char i8;
+typedef unsigned short u16;
+typedef unsigned int u32;
+typedef unsigned long long u64;
+struct uint2 { u32 x, y; };
+struct alignas(16) uint4 { u32 x, y, z, w; };
+struct alignas(8) float2 { float x, y; };
+struct alignas(16) float4 { float x, y, z, w; };
+struct Index3 { u32 x, y, z; };
+static uint4 make_uint4(u32 x, u32 y, u32 z, u32 w) { return {x, y, z, w}; }
+static float2 make_float2(float x, float y) { return {x, y}; }
+static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
+
+namespace emulator {
+struct Fiber {
+    ucontext_t context;
+    std::vector<u8> stack;
+    Index3 thread;
+    bool done;
+};
+struct Warp {
+    int arrived = 0, generation = 0, alive = 32;
+    u64 exchange[32][16];
+};
+static std::vector<Fiber> fibers;
+static std::vector<Warp> warps;
+static ucontext_t scheduler;
+static int current, block_arrived, block_generation, alive;
+static Index3 block_index, grid_size, block_size;
+static std::vector<u8> dynamic_shared;
+static std::function<void()> body;
+
+inline void give_way() { swapcontext(&fibers[current].context, &scheduler); }
+inline Fiber& self() { return fibers[current]; }
+
+inline void leave() {
+    Fiber& fiber = self();
+    Warp& warp = warps[fiber.thread.x / 32];
+    fiber.done = true;
+    --alive;
+    --warp.alive;
+    if (alive > 0 && block_arrived >= alive) { block_arrived = 0; ++block_generation; }
+    if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
+}
+inline void entry() { body(); leave(); while (true) give_way(); }
+
+inline void block_barrier() {
+    int generation = block_generation;
+    if (++block_arrived >= alive) { block_arrived = 0; ++block_generation; }
+    while (generation == block_generation) give_way();
+}
+inline void warp_barrier() {
+    Warp& warp = warps[self().thread.x / 32];
+    int generation = warp.generation;
+    if (++warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
+    while (generation == warp.generation) give_way();
+}
+
+template <typename T> T exchanged(T value, int from) {
+    int lane = self().thread.x % 32;
+    Warp& warp = warps[self().thread.x / 32];
+    memcpy(warp.exchange[lane], &value, sizeof(T));
+    warp_barrier();
+    T result;
+    memcpy(&result, warp.exchange[from & 31], sizeof(T));
+    warp_barrier();
+    return result;
+}
+
+inline void run_block(int threads, size_t shared_bytes) {
+    fibers.resize(threads);
+    warps.assign((threads + 31) / 32, Warp());
+    alive = threads;
+    block_arrived = 0;
+    dynamic_shared.assign(shared_bytes + 64, 0xcd);
+    for (int i = 0; i < threads; ++i) {
+        Fiber& fiber = fibers[i];
+        fiber.stack.resize(256 * 1024);
+        fiber.thread = {(u32)i, 0, 0};
+        fiber.done = false;
+        getcontext(&fiber.context);
+        fiber.context.uc_stack.ss_sp = fiber.stack.data();
+        fiber.context.uc_stack.ss_size = fiber.stack.size();
+        fiber.context.uc_link = &scheduler;
+        makecontext(&fiber.context, entry, 0);
+    }
+    while (alive > 0)
+        for (int i = 0; i < threads; ++i)
+            if (!fibers[i].done) { current = i; swapcontext(&scheduler, &fibers[i].context); }
+}
+
+inline void launch(Index3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+    body = kernel;
+    grid_size = grid;
+    block_size = {(u32)threads, 1, 1};
+    std::vector<Index3> blocks;
+    for (u32 z = 0; z < grid.z; ++z)
+        for (u32 y = 0; y < grid.y; ++y)
+            for (u32 x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
+    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(grid.x + grid.y));
+    for (Index3 block : blocks) { block_index = block; run_block(threads, shared_bytes); }
+}
+inline u8* aligned_shared() { return (u8*)(((uintptr_t)dynamic_shared.data() + 15) & ~(uintptr_t)15); }
+}  // namespace emulator
+
+#define __global__
+#define __device__
+#define __forceinline__ inline
+#define __launch_bounds__(...)
+#define SHARED static
+#define DYNAMIC_SHARED(name) u8* name = emulator::aligned_shared()
+#define threadIdx (emulator::self().thread)
+#define blockIdx (emulator::block_index)
+#define gridDim (emulator::grid_size)
+#define blockDim (emulator::block_size)
+inline void __syncthreads() { emulator::block_barrier(); }
+inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
+inline void __threadfence() {}
+template <typename T> T __ldcg(const T* p) { return *p; }
+inline u32 atomicAdd(u32* p, u32 v) { u32 old = *p; *p += v; return old; }
+template <typename T> T __shfl_xor_sync(u32, T v, int mask) { return emulator::exchanged(v, (threadIdx.x % 32) ^ mask); }
+template <typename T> T __shfl_sync(u32, T v, int lane) { return emulator::exchanged(v, lane); }
+inline u32 __ballot_sync(u32, bool v) {
+    u32 result = 0;
+    for (int i = 0; i < 32; ++i) result |= (u32)emulator::exchanged((int)v, i) << i;
+    return result;
+}
+inline int __ffs(u32 v) { return __builtin_ffs(v); }
+inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
+inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
+inline float __expf(float x) { return expf(x); }
+using std::max;
+using std::min;
+
+#ifndef BF16
+#define BF16 1
+#endif
+inline float to_float(u16 bits) {
+#if BF16
+    return __uint_as_float((u32)bits << 16);
+#else
+    _Float16 h; memcpy(&h, &bits, 2); return (float)h;
+#endif
+}
+inline u16 from_float(float value) {
+#if BF16
+    u32 bits = __float_as_uint(value);
+    return (u16)((bits + 0x7fff + ((bits >> 16) & 1)) >> 16);
+#else
+    _Float16 h = (_Float16)value; u16 bits; memcpy(&bits, &h, 2); return bits;
+#endif
+}
+inline u32 pack2(float low, float high) { return (u32)from_float(low) | ((u32)from_float(high) << 16); }
+
+inline u32 byte_permute(u32 low, u32 high, u32 selector) {
+    u64 bytes = low | ((u64)high << 32);
+    u32 result = 0;
+    for (int i = 0; i < 4; ++i) {
+        u32 nibble = (selector >> (4 * i)) & 15, byte = (u32)(bytes >> (8 * (nibble & 7))) & 255;
+        if (nibble & 8) byte = byte & 128 ? 255 : 0;
+        result |= byte << (8 * i);
+    }
+    return result;
+}
+template <int PICK> u32 widen_int8(u32 codes) {
+    return pack2((float)(i8)(codes >> (8 * PICK)), (float)(i8)(codes >> (8 * PICK + 8)));
+}
+inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
+inline float2 load_once8(const void* p) { return *(const float2*)p; }
+inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
+inline void commit_copies() {}
+template <int> void wait_copies() {}
+inline void let_next_kernel_start() {}
+inline void wait_for_previous_kernel() {}
+
+inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    emulator::Warp& warp = emulator::warps[threadIdx.x / 32];
+    int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(warp.exchange[lane], mine, sizeof mine);
+    emulator::warp_barrier();
+    auto half = [&](int from, int reg, int upper) {
+        u32 value;
+        memcpy(&value, (u32*)warp.exchange[from] + reg, 4);
+        return (double)to_float((u16)(upper ? value >> 16 : value));
+    };
+    for (int i = 0; i < 4; ++i) {
+        int row = i / 2, column = 2 * q + i % 2;
+        double sum = c[i];
+        for (int k = 0; k < 16; ++k) {
+            int kq = (k % 8) / 2, high = k / 8;
+            sum += half(g * 4 + kq, row + 2 * high, k & 1) * half(column * 4 + kq, 4 + high, k & 1);
+        }
+        c[i] = (float)sum;
+    }
+    emulator::warp_barrier();
+}
