@@ -156,6 +156,12 @@ def test_what_a_layout_cannot_say_is_refused(
     assert not (tmp_path / "out").exists()
 
 
+def test_files_may_be_read_by_a_server_of_another_user(tmp_path: Path, lm_head: Tensor) -> None:
+    export_heads(make_heads("own"), "vllm", tmp_path, base_name="x/y", lm_head=lambda: lm_head)
+    (tmp_path / "any").write_text("")
+    assert len({file.stat().st_mode for file in tmp_path.iterdir()}) == 1
+
+
 def test_unknown_formats_and_used_folders_are_refused(tmp_path: Path, lm_head: Tensor) -> None:
     heads = make_heads("own")
     with pytest.raises(InvalidParameterError, match=r"'onnx'.*medusa, medusa-v2, vllm"):

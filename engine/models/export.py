@@ -9,13 +9,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import CheckpointMismatchError, InvalidParameterError
 from engine.heads import HeadsConfig, MedusaHeads
 from engine.models.format_medusa import block_names, medusa_config, output_name
 from engine.models.format_vllm import vllm_config
+from engine.models.tensor_files import save_safetensors
 
 __all__ = ["FORMATS", "export_heads"]
 
@@ -147,11 +147,10 @@ def _lm_head_rows(heads: MedusaHeads, lm_head: Callable[[], Tensor], dtype: torc
 
 
 def _save(tensors: dict[str, Tensor], path: Path) -> None:
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     if path.suffix == ".pt":
-        torch.save(tensors, path)
+        torch.save({name: tensor.detach().cpu() for name, tensor in tensors.items()}, path)
     else:
-        save_file(tensors, path, metadata={"format": "pt"})
+        save_safetensors(tensors, path)
 
 
 def _notes(config: HeadsConfig, file_format: str) -> list[str]:

@@ -4,8 +4,9 @@ import json
 import os
 from pathlib import Path
 
-from safetensors.torch import save_file
 from torch import Tensor
+
+from engine.models.tensor_files import save_safetensors
 
 __all__ = ["ShardWriter"]
 
@@ -29,7 +30,7 @@ class ShardWriter:
         size = tensor.numel() * tensor.element_size()
         if self._pending and self._pending_bytes + size > self._max_bytes:
             self._flush()
-        self._pending[name] = tensor.detach().cpu().contiguous()
+        self._pending[name] = tensor.detach().cpu()
         self._pending_bytes += size
         self._total_bytes += size
 
@@ -50,7 +51,7 @@ class ShardWriter:
             (self._folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n", "utf-8")
 
     def _flush(self) -> None:
-        save_file(self._pending, self._unfinished(len(self._shards)), metadata={"format": "pt"})
+        save_safetensors(self._pending, self._unfinished(len(self._shards)))
         self._shards.append(list(self._pending))
         self._pending, self._pending_bytes = {}, 0
 

@@ -12,11 +12,12 @@ from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from engine.errors import EngineError
 
-__all__ = ["MODEL_FILES", "TensorFiles", "read_json", "some_names"]
+__all__ = ["MODEL_FILES", "TensorFiles", "read_json", "save_safetensors", "some_names"]
 
 # In the order of preference where a folder holds more than one.
 MODEL_FILES = (
@@ -99,6 +100,17 @@ def read_json(path: Path, error: type[EngineError]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise error(f"{path} holds a JSON {type(content).__name__} where an object belongs; download it again.")
     return content
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """Write tensors that share no memory, readable by whom any new file here would be.
+
+    `save_file` replaces the file by one that its owner alone may read, which a server under another user cannot open.
+    """
+    path.touch()
+    mode = path.stat().st_mode
+    save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, path, {"format": "pt"})
+    path.chmod(mode)
 
 
 class _UnreadableError(Exception):
