@@ -1,0 +1,128 @@
+"""Tree decoding against plain decoding on the bundled model: same tokens, same cache, whatever the heads say."""
+
+from collections.abc import Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from engine.build import build_drafter, build_runner
+from engine.decode import PLAIN, DecodeLoop
+from engine.draft import Draft
+from engine.heads import HeadsConfig, MedusaHeads
+from engine.models.loader import LoadedModel
+from engine.nested_tree import NestedTree
+from engine.sampling import SamplingParams
+from engine.torch_runner import TorchRunner
+from engine.tree import CandidateTree
+
+PROMPTS = ["Write a haiku about rain.", "What is 17 * 3?", "Liste trois fruits, s'il vous plaît.", "def fibonacci(n):"]
+NUM_TOKENS = 24
+TREES = [
+    CandidateTree.chain(1),
+    CandidateTree.chain(4),
+    NestedTree.default().first(8),
+    CandidateTree.from_choices([(3,), (0,), (3, 1), (0, 0), (0, 0, 0), (3, 1, 5), (0, 2)]),
+]
+
+
+@pytest.fixture(scope="module")
+def runner(bundled: LoadedModel) -> TorchRunner:
+    return build_runner(bundled.config, bundled.weights, device="cpu", quantize="int4", source_format="Q4_1")
+
+
+def decode(
+    runner: TorchRunner, drafter: object, tree: CandidateTree, prompt: Sequence[int], params: SamplingParams, seed: int
+) -> tuple[list[int], list[int]]:
+    """Return the first NUM_TOKENS tokens and the accepted counts of the steps they took."""
+    runner.truncate(0)
+    loop = DecodeLoop(runner, drafter, params, seed)  # type: ignore[arg-type]
+    tokens, accepted = [loop.prefill(prompt)], []
+    for step in loop.steps(tree):
+        tokens.extend(step.tokens)
+        accepted.append(step.num_accepted)
+        if len(tokens) >= NUM_TOKENS:
+            return tokens[:NUM_TOKENS], accepted
+    raise AssertionError("the loop never ends by itself")
+
+
+class Oracle:
+    """Drafts the true continuation as every node's best guess, and wrong tokens elsewhere."""
+
+    max_depth = 4
+
+    def __init__(self, text: Sequence[int], runner: TorchRunner, wrong: bool = False) -> None:
+        self.text, self.runner, self.wrong = list(text), runner, wrong
+
+    def draft(self, hidden: Tensor, root: int, tree: CandidateTree) -> Draft:
+        here = self.runner.num_committed
+        assert self.text[here] == root
+        tokens = [root]
+        for choice in tree.choices:
+            true = self.text[here + len(choice)]
+            right = not self.wrong and not any(choice)
+            tokens.append(true if right else (true + 1 + choice[-1]) % 49152)
+        return Draft(tokens, [1.0] * tree.num_nodes)
+
+
+def random_heads(bundled: LoadedModel, sees: str) -> MedusaHeads:
+    config = HeadsConfig(
+        576, 49152, num_heads=4, num_layers=2, width=256, sees=sees, output="truncated", draft_vocab=512
+    )
+    return MedusaHeads(config, token_map=torch.arange(512) * 7)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS)
+@pytest.mark.parametrize(("temperature", "seed"), [(0.0, 0), (0.8, 1), (1.3, 2)])
+def test_any_tree_gives_plain_decodings_tokens(
+    runner: TorchRunner, bundled: LoadedModel, prompt: str, temperature: float, seed: int
+) -> None:
+    ids = bundled.tokenizer.encode_chat([{"role": "user", "content": prompt}])
+    params = SamplingParams(temperature=temperature)
+    plain, _ = decode(runner, None, PLAIN, ids, params, seed)
+    for sees, tree in zip(("hidden", "root", "path", "path"), TREES, strict=True):
+        drafter = build_drafter(random_heads(bundled, sees), runner.backbone, bundled.weights.lm_head, "cpu")
+        assert decode(runner, drafter, tree, ids, params, seed)[0] == plain
+
+
+@pytest.mark.parametrize("tree", TREES[:3])
+def test_oracle_heads_are_accepted_to_full_depth(
+    runner: TorchRunner, bundled: LoadedModel, tree: CandidateTree
+) -> None:
+    ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[0]}])
+    params = SamplingParams()
+    plain, _ = decode(runner, None, PLAIN, ids, params, 0)
+    text = [*ids, *plain, *[1] * 8]
+    tokens, accepted = decode(runner, Oracle(text, runner), tree, ids, params, 0)
+    assert tokens == plain
+    assert accepted[:-1] == [tree.max_depth] * (len(accepted) - 1)
+
+
+def test_adversary_heads_are_never_accepted_and_change_nothing(runner: TorchRunner, bundled: LoadedModel) -> None:
+    ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[0]}])
+    params = SamplingParams()
+    plain, _ = decode(runner, None, PLAIN, ids, params, 0)
+    adversary = Oracle([*ids, *plain, *[1] * 8], runner, wrong=True)
+    tokens, accepted = decode(runner, adversary, TREES[2], ids, params, 0)
+    assert tokens == plain
+    assert accepted == [0] * (NUM_TOKENS - 1)
+
+
+def test_the_cache_after_commit_is_a_plain_forwards_cache(runner: TorchRunner, bundled: LoadedModel) -> None:
+    ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[1]}])
+    params = SamplingParams()
+    plain, _ = decode(runner, None, PLAIN, ids, params, 0)
+    cache = runner._cache
+    keys, values = cache.keys.clone(), cache.values.clone()
+    _, accepted = decode(runner, Oracle([*ids, *plain, *[1] * 8], runner), TREES[2], ids, params, 0)
+    assert sum(accepted) > 10
+    rows = slice(0, len(ids) + NUM_TOKENS - 1)
+    assert torch.equal(cache.keys[:, :, rows], keys[:, :, rows])
+    assert torch.equal(cache.values[:, :, rows], values[:, :, rows])
+
+
+def test_typical_acceptance_at_temperature_zero_is_exact(runner: TorchRunner, bundled: LoadedModel) -> None:
+    ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[1]}])
+    plain, _ = decode(runner, None, PLAIN, ids, SamplingParams(), 0)
+    drafter = build_drafter(random_heads(bundled, "root"), runner.backbone, bundled.weights.lm_head, "cpu")
+    assert decode(runner, drafter, TREES[2], ids, SamplingParams(acceptance="typical"), 0)[0] == plain
