@@ -1,0 +1,164 @@
+"""Launch the CUDA linear for few tokens: its configurations, its buffers and the call.
+
+How weights are packed is known in `nf4_linear` and `int8_linear`. Any configuration gives the same bits for a row, for
+any number of rows beside it (see cuda/linear.cuh), so tuning is free to pick one per number of rows.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from engine.kernels.nvrtc import Kernel, load_kernel
+
+__all__ = ["MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear"]
+
+MAX_TOKENS = 64
+SLICES = 8  # of K, in the kernel's fixed summation order
+MAX_SHARED_BYTES = 227 * 1024
+PLAIN, ADD_RESIDUAL, SWIGLU = 0, 1, 2
+LoadKernel = Callable[..., Kernel]
+
+
+class Decode:
+    """How the kernel turns codes into operands."""
+
+    NF4_TABLE, NF4_PERMUTE, INT8 = 0, 1, 2
+
+
+@dataclass(frozen=True)
+class LinearConfig:
+    """How the work is cut: none of it changes a result's bits.
+
+    A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight.
+    """
+
+    decode: int
+    token_tiles: int
+    row_tiles: int
+    row_warps: int
+    slice_warps: int
+    depth: int
+    min_blocks: int = 1
+
+    @property
+    def threads(self) -> int:
+        return 32 * self.row_warps * self.slice_warps
+
+    @property
+    def block_rows(self) -> int:
+        return 16 * self.row_tiles * self.row_warps
+
+    @property
+    def parts(self) -> int:
+        """Thread blocks that share a row."""
+        return SLICES // self.slice_warps
+
+    def shared_bytes(self, k: int) -> int:
+        """Dynamic shared memory for `k` input features."""
+        chunks = math.ceil(k / 64 / SLICES / self.depth)
+        stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 64)
+        exchange = self.threads * 16 * self.row_tiles * self.token_tiles
+        return max(min(chunks, 2) * stage, exchange if self.slice_warps > 1 else 0)
+
+    def fits(self, k: int, limit: int = MAX_SHARED_BYTES) -> bool:
+        """Say whether a multiprocessor's shared memory holds it, with the table."""
+        table = 32 * 1024 if self.decode == Decode.NF4_TABLE else 0
+        return self.threads <= 1024 and self.min_blocks * (self.shared_bytes(k) + table + 1040) <= limit
+
+    def workspace_floats(self, n: int) -> int:
+        blocks = math.ceil(n / self.block_rows)
+        return blocks * self.block_rows * self.parts * self.token_tiles * 8 if self.parts > 1 else 0
+
+    def to_dict(self) -> dict[str, int]:
+        return asdict(self)
+
+
+@dataclass(frozen=True)
+class PackedLinear:
+    """A quantised matrix in the kernel's order, N padded to a multiple of 16.
+
+    weights uint8, scales float32 and tables int32 as cuda/linear.cuh says; `decode` a value of `Decode`. With
+    `gate_up` the rows of gate and up alternate and the kernel answers silu(gate) * up, [tokens, N / 2].
+    """
+
+    weights: Tensor
+    scales: Tensor
+    pairs: Tensor | None
+    byte_tables: Tensor | None
+    n: int
+    k: int
+    dtype: torch.dtype
+    decode: int
+    gate_up: bool = False
+
+    def table(self, decode: int) -> Tensor | None:
+        return self.pairs if decode == Decode.NF4_TABLE else self.byte_tables
+
+    @property
+    def num_bytes(self) -> int:
+        return self.weights.nbytes + self.scales.nbytes
+
+
+class Workspace:
+    """Partial sums and arrival counters that linears on one stream share; it grows outside of graph capture only."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self.partial = torch.empty(0, dtype=torch.float32, device=device)
+        self.counters = torch.zeros(4096, dtype=torch.int32, device=device)
+
+    def reserve(self, num_floats: int) -> None:
+        if self.partial.numel() < num_floats:
+            self.partial = torch.empty(num_floats, dtype=torch.float32, device=self.partial.device)
+
+
+def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
+    """Pick a configuration that fills a large GPU; `tune_nf4` replaces it by a measured one."""
+    token_tiles = token_tiles_for(tokens)
+    if token_tiles == 1:
+        config = LinearConfig(decode, 1, 1, 1, 8, 4, 2)
+    elif n <= 2048:
+        config = LinearConfig(decode, token_tiles, 1, 1, 8, 2 if token_tiles == 4 else 1)
+        config = config if token_tiles < 4 else LinearConfig(decode, token_tiles, 1, 1, 8, 1)
+    else:
+        config = LinearConfig(decode, token_tiles, 2, 4, 2, 4 if token_tiles < 8 else 2)
+    return config
+
+
+def token_tiles_for(tokens: int) -> int:
+    """Return the tiles of 8 tokens that a launch is built for: 1, 2, 4 or 8."""
+    assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens; the kernel takes 1 to {MAX_TOKENS}"
+    return 1 << max(0, math.ceil(math.log2(tokens / 8)))
+
+
+def run_linear(
+    x: Tensor,
+    weight: PackedLinear,
+    config: LinearConfig,
+    workspace: Workspace,
+    *,
+    residual: Tensor | None = None,
+    out: Tensor | None = None,
+    load: LoadKernel = load_kernel,
+) -> Tensor:
+    """Compute x W^T (+ residual), or silu(gate) * up: x [tokens, K] of 1 to 64 tokens -> [tokens, N] (or N / 2).
+
+    `residual` and `out` are contiguous and may be the same tensor.
+    """
+    tokens, width = x.shape[0], weight.n // 2 if weight.gate_up else weight.n
+    assert x.is_contiguous() and x.dtype == weight.dtype and x.shape[1] == weight.k, "x: contiguous, the weight's type"
+    assert tokens <= 8 * config.token_tiles, f"{tokens} tokens in a launch built for {8 * config.token_tiles}"
+    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
+    workspace.reserve(config.workspace_floats(weight.n))
+    shared_bytes = config.shared_bytes(weight.k)
+    defines = tuple((name.upper(), value) for name, value in config.to_dict().items())
+    defines += (("BF16", int(x.dtype == torch.bfloat16)),)
+    kernel = load("linear.cuh", "linear", defines, shared_bytes)
+    epilogue = SWIGLU if weight.gate_up else PLAIN if residual is None else ADD_RESIDUAL
+    blocks = math.ceil(weight.n / config.block_rows)
+    arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
+    arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
+    kernel((blocks, config.parts), config.threads, arguments, shared_bytes)
+    return out
