@@ -222,7 +222,7 @@ class ConversationStore:
             self._update("messages", message_id, changes, MessageNotFoundError)
 
     def mark_interrupted(self) -> int:
-        """Turn answers that a crash left running into interrupted ones; returns how many. Call before any engine runs."""
+        """Turn answers that a crash left running interrupted; returns how many. Call before an engine runs."""
         with self.atomic():
             cursor = self._db.execute("UPDATE messages SET status = 'interrupted' WHERE status = 'running'")
             return cursor.rowcount

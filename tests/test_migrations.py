@@ -34,7 +34,8 @@ def add_first_schema_data(database: Database) -> None:
         )
         database.execute(
             "INSERT INTO messages "
-            "(id, conversation_id, parent_id, role, content, status, stats, created_ms, updated_ms) VALUES ('a1', 'c1', 'u1', 'assistant', 'Hi', 'cancelled', '{\"steps\": 1}', 2, 2)"
+            "(id, conversation_id, parent_id, role, content, status, stats, created_ms, updated_ms) "
+            "VALUES ('a1', 'c1', 'u1', 'assistant', 'Hi', 'cancelled', '{\"steps\": 1}', 2, 2)"
         )
         database.execute("INSERT INTO traces VALUES ('a1', 1, 1, x'00ff')")
         database.execute("UPDATE conversations SET head_id = 'a1'")
