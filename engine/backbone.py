@@ -105,6 +105,9 @@ class Backbone(nn.Module):
     linear come from the caller, on one device and in one activation type.
     """
 
+    cos: Tensor  # [positions, head_dim]
+    sin: Tensor
+
     def __init__(
         self,
         config: BackboneConfig,

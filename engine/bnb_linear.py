@@ -16,6 +16,8 @@ __all__ = ["BnbInt8Linear", "NF4Linear"]
 class NF4Linear(nn.Module):
     """bitsandbytes NF4 in blocks of 64 with nested absmax; computes in the activations' type."""
 
+    codes: Tensor
+
     def __init__(self, weight: Weight, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()
         import bitsandbytes as bnb
@@ -33,6 +35,9 @@ class NF4Linear(nn.Module):
 
 class BnbInt8Linear(nn.Module):
     """int8 weights with one scale a row, dequantised for the product: weight-only, no outlier path."""
+
+    codes: Tensor
+    scale: Tensor
 
     def __init__(self, weight: Weight, device: torch.device | str, dtype: torch.dtype) -> None:
         super().__init__()

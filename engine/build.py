@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from engine.backbone import Backbone, BackboneConfig, BackboneWeights, LinearFactory
 from engine.block_weights import DenseWeight, Q4Affine, Q8Symmetric, Weight, quantize_q4
@@ -84,11 +84,17 @@ class _Plan:
 
 def _plan_cpu(quantize: str, source_format: str) -> _Plan:
     if quantize == "int4":
-        return _Plan(_pack_int4, Int8Linear, torch.bfloat16, f"{source_format} as packed int4")
+        return _Plan(_pack_int4, Int8Linear, torch.bfloat16, _int4_label(source_format))
     if quantize == "int8":
         return _Plan(Int8Linear, Int8Linear, torch.bfloat16, "int8")
     dense = partial(RowwiseLinear, dtype=torch.bfloat16)
     return _Plan(dense, dense, torch.bfloat16, "bfloat16")
+
+
+def _int4_label(source_format: str) -> str:
+    return (
+        f"{source_format} as packed int4" if source_format.startswith("Q4") else "int4, rounded from the file's values"
+    )
 
 
 def _plan_cuda(quantize: str) -> _Plan:
@@ -131,6 +137,6 @@ class _Biased(nn.Module):
         self.linear = linear
         self.bias = None if bias is None else nn.Parameter(bias.detach().bfloat16(), requires_grad=False)
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
+    def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
         return out if self.bias is None else out + self.bias

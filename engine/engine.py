@@ -13,14 +13,15 @@ from engine.answer import AnswerRecord
 from engine.build import build_drafter, build_runner, choose_device, use_all_cores
 from engine.decode import DecodeLoop
 from engine.draft import Drafter
-from engine.errors import CheckpointMismatchError, ContextLengthError, EngineError
-from engine.models.heads_file import load_heads
+from engine.errors import ContextLengthError, EngineError
+from engine.models.head_formats import Target, read_heads
 from engine.models.loader import LoadedModel, open_model
 from engine.models.tokenizer import ChatTokenizer
 from engine.nested_tree import NestedTree
 from engine.records import EngineInfo, GenerationChunk
 from engine.runner import Runner
 from engine.sampling import SamplingParams, draw_seed
+from engine.torch_runner import TorchRunner
 
 __all__ = ["Engine"]
 
@@ -163,25 +164,19 @@ class Engine:
         self._cached = text[: self._runner.num_committed]
 
 
-def _load_heads(heads: str | None, source: LoadedModel, runner: Runner) -> tuple[Drafter | None, NestedTree, str]:
+def _load_heads(heads: str | None, source: LoadedModel, runner: TorchRunner) -> tuple[Drafter | None, NestedTree, str]:
     path = source.heads_path if heads == "auto" else Path(heads) if heads and heads != "none" else None
     if path is None:
         reason = "heads were switched off" if heads in (None, "none") else f"no heads are known for {source.name}"
         return None, NestedTree.default(), reason
     try:
-        loaded = load_heads(path)
-        _check_fit(loaded.config.hidden_size, source.config.hidden_size, "hidden size")
-        _check_fit(loaded.config.vocab_size, source.config.vocab_size, "vocabulary")
+        target = Target(
+            source.config.hidden_size, source.config.vocab_size, source.name, source.weights.lm_head.dequantize
+        )
+        loaded = read_heads(path, target).heads
     except EngineError as error:
         if heads != "auto":
             raise
         return None, NestedTree.default(), str(error)
     drafter = build_drafter(loaded, runner.backbone, source.weights.lm_head, runner.device)
     return drafter, NestedTree.beside(path).limited(loaded.config.num_heads), ""
-
-
-def _check_fit(heads: int, backbone: int, what: str) -> None:
-    if heads != backbone:
-        raise CheckpointMismatchError(
-            f"The heads were trained for a {what} of {heads}, this model's is {backbone}; use its own heads."
-        )

@@ -126,6 +126,8 @@ class MedusaHeads(nn.Module):
     every draft token.
     """
 
+    token_map: Tensor | None
+
     def __init__(self, config: HeadsConfig, token_map: Tensor | None = None) -> None:
         super().__init__()
         self.config = config

@@ -23,7 +23,7 @@ class KVCache:
 
     def __init__(self, config: BackboneConfig, device: torch.device | str, dtype: torch.dtype) -> None:
         self._config = config
-        self._empty = {"device": device, "dtype": dtype}
+        self._device, self._dtype = device, dtype
         self.length = 0
         self.keys = self._buffer(0)
         self.values = self._buffer(0)
@@ -75,7 +75,8 @@ class KVCache:
 
     def _buffer(self, rows: int) -> Tensor:
         config = self._config
-        return torch.zeros(config.num_layers, config.num_kv_heads, rows, config.head_dim, **self._empty)  # type: ignore[arg-type]
+        shape = (config.num_layers, config.num_kv_heads, rows, config.head_dim)
+        return torch.zeros(shape, device=self._device, dtype=self._dtype)
 
     def _grow(self, rows: int) -> None:
         for name in ("keys", "values"):

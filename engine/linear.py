@@ -83,6 +83,9 @@ class RowwiseLinear(DenseLinear):
 class QuantizedEmbedding(nn.Module):
     """Embedding rows kept as Q8_0 blocks, dequantised exactly as they are looked up."""
 
+    codes: Tensor
+    scale: Tensor
+
     def __init__(self, weight: Q8Symmetric, dtype: torch.dtype) -> None:
         super().__init__()
         self.dtype = dtype

@@ -127,7 +127,7 @@ class CandidateTree:
 
 
 def _check(ordered: list[Choice]) -> None:
-    known = {()}
+    known: set[Choice] = {()}
     for choice in ordered:
         if not choice or min(choice) < 0:
             raise ValueError(f"Choice {choice} is not a path of ranks from 0; leave out the root, it is implied.")

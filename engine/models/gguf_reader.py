@@ -47,7 +47,7 @@ def read_gguf(path: Path) -> GGUFHeader:
     infos = [cursor.tensor_info() for _ in range(num_tensors)]
     alignment = int(fields.get("general.alignment", 32))  # type: ignore[call-overload]
     start = -(-cursor.offset // alignment) * alignment
-    return GGUFHeader(fields, {name: _map(content, start, *info) for name, *info in infos})
+    return GGUFHeader(fields, {name: _map(content, start, shape, kind, offset) for name, shape, kind, offset in infos})
 
 
 def _map(content: mmap.mmap, start: int, shape: list[int], kind: GGMLQuantizationType, offset: int) -> GGUFTensor:

@@ -7,7 +7,8 @@ from pathlib import Path
 from engine.backbone import BackboneConfig, BackboneWeights
 from engine.errors import ModelNotFoundError
 from engine.models.gguf_file import GGUFModel
-from engine.models.tokenizer import ChatTokenizer, from_gguf
+from engine.models.hf_folder import HFFolder
+from engine.models.tokenizer import ChatTokenizer, from_folder, from_gguf
 
 __all__ = ["BUNDLED", "LoadedModel", "bundled_heads_path", "bundled_path", "open_model"]
 
@@ -29,7 +30,7 @@ class LoadedModel:
 
 
 def open_model(model: str) -> LoadedModel:
-    """Read "bundled" or a .gguf file.
+    """Read "bundled", a .gguf file or a model folder in the Hugging Face layout.
 
     Raises ModelNotFoundError with the remedy.
     """
@@ -38,7 +39,9 @@ def open_model(model: str) -> LoadedModel:
     path = Path(model).expanduser()
     if path.suffix == ".gguf" and path.is_file():
         return _open_gguf(path, path.stem, None)
-    raise ModelNotFoundError(f"There is no model at {model!r}; give 'bundled' or the path of a .gguf file.")
+    if path.is_dir():
+        return _open_folder(path)
+    raise ModelNotFoundError(f"There is no model at {model!r}; give 'bundled', a model folder or a .gguf file.")
 
 
 def bundled_path() -> Path:
@@ -60,3 +63,12 @@ def _open_gguf(path: Path, name: str, heads_path: Path | None) -> LoadedModel:
     file = GGUFModel(path)
     tokenizer = from_gguf(file.tokenizer_fields())
     return LoadedModel(name, file.config(), file.weights(), tokenizer, file.weight_format(), heads_path)
+
+
+def _open_folder(path: Path) -> LoadedModel:
+    folder = HFFolder(path)
+    tokenizer = from_folder(folder.tokenizer_pieces())
+    heads = path / "heads.safetensors"
+    return LoadedModel(
+        path.name, folder.config(), folder.weights(), tokenizer, "dense", heads if heads.is_file() else None
+    )

@@ -5,8 +5,10 @@ never shown.
 """
 
 import codecs
-from collections.abc import Iterable, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from typing import Any
 
 from jinja2 import TemplateError
@@ -19,18 +21,28 @@ from tokenizers.pre_tokenizers import Sequence as PreTokenizerSequence
 
 from engine.errors import InvalidParameterError, ModelNotFoundError
 from engine.models.gguf_file import TokenizerFields
+from engine.models.hf_folder import TokenizerPieces
 
-__all__ = ["ChatTokenizer", "StreamDecoder", "from_gguf"]
+__all__ = ["ChatTokenizer", "StreamDecoder", "from_folder", "from_gguf"]
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
+_BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
 _ALSO_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "</s>")  # tokens that end a turn in one model or another
 
 
 class ChatTokenizer:
     """A tokenizer with its chat template and the tokens that end an answer."""
 
-    def __init__(self, tokenizer: Tokenizer, chat_template: str, end_token_ids: Iterable[int]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        chat_template: str,
+        end_token_ids: Iterable[int],
+        special_tokens: Mapping[str, str] | None = None,
+    ) -> None:
         self._tokenizer = tokenizer
+        self._special_tokens = dict(special_tokens or {})  # names such as "bos_token", which templates may write
+        self._is_byte_level = tokenizer.token_to_id("Ġ") is not None
         environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
         environment.globals["raise_exception"] = _raise_template_error
         environment.globals["strftime_now"] = lambda layout: datetime.now().strftime(layout)
@@ -46,7 +58,7 @@ class ChatTokenizer:
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
         """Return the prompt as text."""
         try:
-            return self._template.render(messages=list(messages), add_generation_prompt=True)
+            return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
         except TemplateError as error:
             raise InvalidParameterError(f"The model's chat template refuses these messages: {error}.") from error
 
@@ -66,9 +78,11 @@ class ChatTokenizer:
         piece = self._tokenizer.id_to_token(token)
         if piece is None:
             return b""
-        if all(char in self._byte_of_char for char in piece):
+        if self._is_byte_level and all(char in self._byte_of_char for char in piece):
             return bytes(self._byte_of_char[char] for char in piece)
-        return piece.encode()
+        if byte := _BYTE_PIECE.fullmatch(piece):  # SentencePiece writes bytes outside its vocabulary as <0x0A>
+            return bytes([int(byte[1], 16)])
+        return piece.replace("▁", " ").encode()
 
     def token_text(self, token: int) -> str:
         """Return one token as a label; an unfinished character shows as U+FFFD, a special token by its name."""
@@ -76,12 +90,10 @@ class ChatTokenizer:
             return self._tokenizer.id_to_token(token) or ""
         return self.token_bytes(token).decode("utf-8", "replace")
 
-    @property
+    @cached_property
     def _special_ids(self) -> set[int]:
-        if not hasattr(self, "_special_cache"):
-            added = self._tokenizer.get_added_tokens_decoder()
-            self._special_cache = {token for token, entry in added.items() if entry.special}
-        return self._special_cache
+        added = self._tokenizer.get_added_tokens_decoder()
+        return {token for token, entry in added.items() if entry.special}
 
 
 class StreamDecoder:
@@ -100,6 +112,12 @@ class StreamDecoder:
         return self._decoder.decode(b"", final=True)
 
 
+def from_folder(pieces: TokenizerPieces) -> ChatTokenizer:
+    """Build the tokenizer that a model folder describes."""
+    tokenizer = Tokenizer.from_file(str(pieces.tokenizer_json))
+    return ChatTokenizer(tokenizer, pieces.chat_template, pieces.end_token_ids, pieces.special_tokens)
+
+
 def from_gguf(fields: TokenizerFields) -> ChatTokenizer:
     """Build the byte-level BPE tokenizer that a GGUF file describes.
 
@@ -108,7 +126,7 @@ def from_gguf(fields: TokenizerFields) -> ChatTokenizer:
     if not fields.chat_template:
         raise ModelNotFoundError("This GGUF file has no chat template; use an instruction-tuned model.")
     vocabulary = {token: index for index, token in enumerate(fields.tokens)}
-    merges = [tuple(merge.split(" ", 1)) for merge in fields.merges]
+    merges = [(left, right) for left, right in (merge.split(" ", 1) for merge in fields.merges)]
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, fuse_unk=False))
     tokenizer.pre_tokenizer = _pre_tokenizer(fields.pre_tokenizer)
     tokenizer.decoder = ByteLevelDecoder()
