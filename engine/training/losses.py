@@ -35,7 +35,9 @@ class _MixtureCrossEntropy(torch.autograd.Function):
         return gradient * (upstream * weights).unsqueeze(1).to(gradient.dtype), None, None, None, None
 
 
-def mixture_cross_entropy(logits: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor, share: float = 0.5) -> Tensor:
+def mixture_cross_entropy(
+    logits: Tensor, teacher: Tensor, labels: Tensor, weights: Tensor, share: float = 0.5
+) -> Tensor:
     """Return the weighted sum of cross entropies of rows against share * onehot(label) + (1 - share) * teacher.
 
     logits and teacher [rows, classes], the teacher as probabilities; labels int64 [rows], -1 where the true token is no
