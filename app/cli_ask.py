@@ -35,8 +35,9 @@ EXIT_INTERRUPTED = 130
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("prompt", nargs="?", metavar="PROMPT", help="what the model is to answer")
-    parser.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="answer a file of prompts; implies --json")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("prompt", nargs="?", type=_prompt, metavar="PROMPT", help="what the model is to answer")
+    source.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="answer a file of prompts; implies --json")
     parser.add_argument("--json", action="store_true", help="print an object with text, tokens and measurements")
     parser.add_argument("--system", metavar="TEXT", help="system text before the prompt")
     answer = parser.add_argument_group("answer")
@@ -65,6 +66,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _prompt(text: str) -> str:
+    try:
+        return checked_question(text, None, "it").prompt
+    except BadInputError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+
+
 def run(args: argparse.Namespace) -> int:
     """Answer what `args` ask for; return the exit code."""
     try:
@@ -79,8 +87,6 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _questions(args: argparse.Namespace) -> list[Question]:
-    if (args.prompt is None) == (args.prompts is None):
-        raise BadInputError("Give either a PROMPT or a file with --prompts.")
     if args.prompts is not None:
         return read_questions(args.prompts, args.system)
     return [checked_question(args.prompt, args.system, "The command line")]

@@ -1,7 +1,7 @@
 """The command `test`: run pytest on this folder, inside `.venv`.
 
-Standard library only until `run`. It finds the Chromium that browser tests drive and names it in the environment
-variable CHROMIUM; which tests a machine without one, or without a GPU, leaves out is for conftest.py to say.
+Standard library only until `run`. It knows where a Chromium for the browser tests may be; which tests a machine
+without one, or without a GPU, leaves out is for conftest.py to say.
 """
 
 import argparse
@@ -42,8 +42,6 @@ def run(args: argparse.Namespace) -> int:
     """Run pytest with the arguments in `args.extra`; return its exit code."""
     import pytest  # here, not above: it is there only inside .venv
 
-    if chromium := find_chromium():
-        os.environ["CHROMIUM"] = chromium
     os.chdir(Path(__file__).resolve().parent.parent)
     sys.stdout.reconfigure(errors="backslashreplace")  # type: ignore[union-attr]  # a report must not fail to print
     return int(pytest.main(args.extra))

@@ -1,0 +1,57 @@
+"""Shared fixtures (the bundled model, read once), and reasons to leave out what this machine cannot run.
+
+A CI machine has to have a browser: there a missing one is a failure.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+
+import pytest
+import torch
+
+from app.cli_test import find_chromium
+from engine import Engine
+from engine.models.loader import LoadedModel, open_model
+
+
+@pytest.fixture(scope="session")
+def bundled() -> LoadedModel:
+    return open_model("bundled")
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    return Engine.load("bundled", device="cpu")
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+def pytest_collection_modifyitems(items: Sequence[pytest.Item]) -> None:
+    _skip(items, "gpu", _why_no_gpu)
+    _skip(items, "browser", _why_no_browser)
+
+
+def _skip(items: Sequence[pytest.Item], marker: str, why_not: Callable[[], str]) -> None:
+    marked = [item for item in items if item.get_closest_marker(marker)]
+    reason = why_not() if marked else ""
+    for item in marked if reason else []:
+        item.add_marker(pytest.mark.skip(reason=reason))
+
+
+def _why_no_gpu() -> str:
+    import torch  # only where a GPU test was collected: it takes seconds to import
+
+    return "" if torch.cuda.is_available() else "no CUDA device"
+
+
+def _why_no_browser() -> str:
+    chromium = find_chromium()
+    if chromium:
+        os.environ["CHROMIUM"] = chromium  # where the browser tests look
+        return ""
+    if os.environ.get("CI") == "true":
+        raise pytest.UsageError("No Chromium was found, and CI must run the browser tests: install it in .ci/run.")
+    return "no Chromium found; install it or name one in the environment variable CHROMIUM"
