@@ -1,0 +1,65 @@
+/* What Python calls. Handles are opaque; every pointer is checked for shape and type on the Python side. */
+#ifndef API_H
+#define API_H
+
+#include "linear.h"
+#include "platform.h"
+#include "pool.h"
+
+typedef struct Arena Arena;
+typedef struct Decoder Decoder;
+
+typedef struct {
+    int32_t hidden, layers, heads, kv_heads, head_dim, intermediate, vocab, max_positions;
+    float eps;
+} DecoderConfig;
+
+typedef struct {
+    const Matrix *query, *key, *value, *output, *gate, *up, *down;
+    const float *attention_norm, *mlp_norm;
+} DecoderLayer;
+
+enum { STATUS_OK = 0, STATUS_NO_MEMORY = 1, STATUS_BAD_CALL = 2 };
+
+EXPORT const char *path_name(void);
+
+EXPORT void *threads_create(int num_threads);
+EXPORT void threads_free(void *pool);
+
+/* Memory for weights: one region, handed out in order. */
+EXPORT Arena *arena_create(size_t bytes);
+EXPORT void arena_free(Arena *arena);
+
+EXPORT size_t matrix_size(int kind, int n, int k); /* bytes of an arena that one matrix takes */
+EXPORT Matrix *matrix_create(Arena *arena, int kind, int n, int k, const void *codes, const uint16_t *scale,
+                             const uint16_t *minimum);
+EXPORT void matrix_values(const Matrix *matrix, const int64_t *rows, int num_rows, float *out);
+
+/* y [rows][n] = x [rows][k] times the matrix; `work` holds linear_work(k) bytes. */
+EXPORT size_t linear_work(int k);
+EXPORT void linear_run(Pool *pool, const Matrix *matrix, const float *x, int rows, float *y, void *work);
+
+/* The largest output of each row, the lowest index among equals, without writing the outputs. */
+EXPORT void linear_argmax(Pool *pool, const Matrix *matrix, const float *x, int rows, int64_t *best, void *work);
+
+/* The `k` largest of each row of x [rows][n] in falling order, the lower index first among equals. */
+EXPORT void top_k(Pool *pool, const float *x, int rows, int n, int k, float *values, int64_t *indices);
+
+/* A decoder over weights that outlive it; cosines and sines are [max_positions][head_dim / 2]. */
+EXPORT Decoder *decoder_create(Pool *pool, const DecoderConfig *config, const DecoderLayer *layers, const float *norm,
+                               const Matrix *embedding, const float *cosines, const float *sines);
+EXPORT void decoder_free(Decoder *decoder);
+EXPORT size_t decoder_bytes(const Decoder *decoder);
+EXPORT int decoder_length(const Decoder *decoder);
+
+/* Run `rows` nodes after the committed text; `parents` is NULL for a chain. hidden [rows][hidden], after the norm. */
+EXPORT int decoder_step(Decoder *decoder, const int32_t *tokens, const int32_t *parents, int rows, float *hidden);
+
+/* Append a path of nodes, root first, of the last step. */
+EXPORT int decoder_commit(Decoder *decoder, const int32_t *path, int count);
+EXPORT int decoder_truncate(Decoder *decoder, int length);
+
+/* Copy committed keys and values of one layer: [kv_heads][length][head_dim] each. */
+EXPORT void decoder_rows(const Decoder *decoder, int layer, float *keys, float *values);
+
+#endif

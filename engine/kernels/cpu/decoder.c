@@ -1,0 +1,331 @@
+/* One step of a Llama-family decoder over the rows of a candidate tree, from token ids to normalised hidden states.
+ *
+ * A step is one task of the thread pool: each phase is shared out by rows, heads or tiles, with a barrier after it.
+ * A chain (a prompt's chunk, or plain decoding) writes its keys and values where its positions are; a tree writes
+ * them to the scratch page, and `decoder_commit` moves the accepted ones.
+ */
+#include "api.h"
+#include "attention.h"
+#include "simd.h"
+
+#define BLOCK 32
+
+struct Decoder {
+    DecoderConfig config;
+    DecoderLayer *layers;
+    const Matrix *embedding;
+    const float *norm, *cosines, *sines;
+    Pool *pool;
+    Cache cache;
+    int length;               /* committed positions */
+    int num_nodes, is_chain;  /* of the last step; 0 nodes when there is nothing to commit */
+    int32_t tokens[MAX_ROWS], parents[MAX_ROWS];
+    int depth[MAX_ROWS], ancestors[MAX_ROWS * MAX_ROWS];
+    Activations to_layer, to_output, to_down; /* quantised inputs of QKV and gate/up, of the output, of down */
+    float *x, *query, *hidden;
+    float *work[MAX_THREADS];
+    size_t work_floats, fixed_bytes;
+    void *memory;
+};
+
+/* Hands out parts of one region; counts only, while there is no region. */
+typedef struct {
+    char *memory;
+    size_t used;
+} Bump;
+
+static void *take(Bump *bump, size_t bytes) {
+    const size_t at = bump->used;
+    bump->used += (bytes + 63) / 64 * 64;
+    return bump->memory ? bump->memory + at : NULL;
+}
+
+static size_t place(Decoder *d, char *memory) {
+    const DecoderConfig *c = &d->config;
+    const int wide = c->heads * c->head_dim, inputs[] = {c->hidden, wide, c->intermediate};
+    Activations *all[] = {&d->to_layer, &d->to_output, &d->to_down};
+    Bump bump = {memory, 0};
+    d->x = take(&bump, sizeof(float) * MAX_ROWS * (size_t)c->hidden);
+    d->query = take(&bump, sizeof(float) * MAX_ROWS * (size_t)wide);
+    d->layers = take(&bump, sizeof(DecoderLayer) * (size_t)c->layers);
+    for (int i = 0; i < 3; i++) {
+        void *p = take(&bump, activations_bytes(inputs[i]));
+        if (p) activations_place(all[i], p, inputs[i]);
+    }
+    return bump.used;
+}
+
+Decoder *decoder_create(Pool *pool, const DecoderConfig *config, const DecoderLayer *layers, const float *norm,
+                        const Matrix *embedding, const float *cosines, const float *sines) {
+    Decoder *d = zeroed_memory(sizeof(Decoder));
+    if (!d) return NULL;
+    d->config = *config;
+    d->pool = pool;
+    d->norm = norm;
+    d->embedding = embedding;
+    d->cosines = cosines;
+    d->sines = sines;
+    d->fixed_bytes = place(d, NULL);
+    d->memory = zeroed_memory(d->fixed_bytes);
+    if (!d->memory || !cache_create(&d->cache, config->layers, config->kv_heads, config->head_dim, config->max_positions)) {
+        aligned_release(d->memory);
+        aligned_release(d);
+        return NULL;
+    }
+    place(d, d->memory);
+    memcpy(d->layers, layers, sizeof(DecoderLayer) * (size_t)config->layers);
+    return d;
+}
+
+void decoder_free(Decoder *d) {
+    if (!d) return;
+    cache_free(&d->cache);
+    for (int i = 0; i < MAX_THREADS; i++) aligned_release(d->work[i]);
+    aligned_release(d->memory);
+    aligned_release(d);
+}
+
+size_t decoder_bytes(const Decoder *d) {
+    return sizeof(Decoder) + d->fixed_bytes + cache_bytes(&d->cache) +
+           d->work_floats * sizeof(float) * (size_t)pool_size(d->pool);
+}
+
+int decoder_length(const Decoder *d) { return d->length; }
+
+/* Chunks of one tile of outputs for all rows: out [MAX_ROWS][16]. */
+static void tile_all_rows(const Decoder *d, const Matrix *matrix, int tile, const Activations *x, float *out) {
+    for (int row = 0; row < d->num_nodes; row += CHUNK) {
+        const int left = d->num_nodes - row;
+        linear_tile(matrix, tile, x, row / CHUNK, left < CHUNK ? left : CHUNK, out + row * TILE);
+    }
+}
+
+static void rms_norm(const float *x, const float *weight, int size, float eps, float *out) {
+    vf squares = vf_zero();
+    for (int i = 0; i < size; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
+    const vf scale = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)size + eps));
+    for (int i = 0; i < size; i += LANES)
+        vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
+}
+
+static void norm_rows(const Decoder *d, const float *weight, int thread, int num_threads) {
+    const int hidden = d->config.hidden;
+    float normed[BLOCK];
+    int first, last;
+    pool_share(d->num_nodes, thread, num_threads, &first, &last);
+    for (int row = first; row < last; row++) {
+        const float *x = d->x + (size_t)row * (size_t)hidden;
+        vf squares = vf_zero();
+        for (int i = 0; i < hidden; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
+        const vf scale = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)hidden + d->config.eps));
+        for (int block = 0; block < hidden / BLOCK; block++) {
+            for (int i = 0; i < BLOCK; i += LANES) {
+                const int at = block * BLOCK + i;
+                vf_store(normed + i, vf_mul(vf_mul(vf_load(x + at), scale), vf_load(weight + at)));
+            }
+            quantize_block(&d->to_layer, row, block, normed);
+        }
+    }
+}
+
+/* Rotate pairs (i, i + half) of one head by the angles of a position. */
+static void rotate(const Decoder *d, float *head, int position) {
+    const int half = d->config.head_dim / 2;
+    const float *cosines = d->cosines + (size_t)position * (size_t)half, *sines = d->sines + (size_t)position * (size_t)half;
+    for (int i = 0; i < half; i += LANES) {
+        const vf low = vf_load(head + i), high = vf_load(head + half + i);
+        const vf cosine = vf_load(cosines + i), sine = vf_load(sines + i);
+        vf_store(head + i, vf_fma(vf_sub(vf_zero(), high), sine, vf_mul(low, cosine)));
+        vf_store(head + half + i, vf_fma(low, sine, vf_mul(high, cosine)));
+    }
+}
+
+static void round_scaled(float *x, int size, float scale) {
+    for (int i = 0; i < size; i += LANES) vf_store(x + i, vf_to_bf16(vf_mul(vf_load(x + i), vf_set1(scale))));
+}
+
+static uint16_t *key_block(const Decoder *d, int layer, int head, int row, int *slot) {
+    *slot = d->is_chain ? d->length + row : row;
+    uint16_t *page = d->is_chain ? d->cache.pages[*slot / PAGE_KEYS] : d->cache.scratch;
+    return cache_block(&d->cache, page, layer, head, *slot);
+}
+
+static void keep_query(const Decoder *d, int head, int row, float *values) {
+    const int dim = d->config.head_dim, group = d->config.heads / d->config.kv_heads;
+    const size_t at = (size_t)(head / group) * (size_t)(d->num_nodes * group) + (size_t)(row * group + head % group);
+    rotate(d, values, d->length + d->depth[row]);
+    round_scaled(values, dim, 1.0f / sqrtf((float)dim));
+    memcpy(d->query + at * (size_t)dim, values, sizeof(float) * (size_t)dim);
+}
+
+/* Compute one head's query, key or value of all rows and put it where attention finds it. */
+static void project_head(Decoder *d, int layer, int job, float *tiles, float *values) {
+    const DecoderConfig *c = &d->config;
+    const DecoderLayer *weights = &d->layers[layer];
+    const int is_query = job < c->heads, is_key = !is_query && job < c->heads + c->kv_heads, dim = c->head_dim;
+    const int head = is_query ? job : (job - c->heads) % c->kv_heads;
+    const Matrix *matrix = is_query ? weights->query : is_key ? weights->key : weights->value;
+    for (int tile = 0; tile < dim / TILE; tile++)
+        tile_all_rows(d, matrix, head * dim / TILE + tile, &d->to_layer, tiles + tile * MAX_ROWS * TILE);
+    for (int row = 0; row < d->num_nodes; row++) {
+        int slot;
+        for (int tile = 0; tile < dim / TILE; tile++)
+            vf_store(values + tile * TILE, vf_load(tiles + (tile * MAX_ROWS + row) * TILE));
+        if (is_query) {
+            keep_query(d, head, row, values);
+            continue;
+        }
+        uint16_t *block = key_block(d, layer, head, row, &slot);
+        if (is_key) rotate(d, values, d->length + d->depth[row]);
+        round_scaled(values, dim, 1.0f);
+        if (is_key) cache_put_key(&d->cache, block, slot, values);
+        else cache_put_value(&d->cache, block, slot, values);
+    }
+}
+
+/* x += matrix times the quantised input, tile by tile. */
+static void project_back(Decoder *d, const Matrix *matrix, const Activations *input, int thread, int num_threads) {
+    _Alignas(64) float out[MAX_ROWS * TILE];
+    int first, last;
+    pool_share(d->config.hidden / TILE, thread, num_threads, &first, &last);
+    for (int tile = first; tile < last; tile++) {
+        tile_all_rows(d, matrix, tile, input, out);
+        for (int row = 0; row < d->num_nodes; row++) {
+            float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
+            vf_store(x, vf_add(vf_load(x), vf_load(out + row * TILE)));
+        }
+    }
+}
+
+/* SiLU(gate) * up for 32 channels of all rows, quantised for the down projection. */
+static void gate_up_block(Decoder *d, const DecoderLayer *weights, int block) {
+    _Alignas(64) float gate[2][MAX_ROWS * TILE], up[2][MAX_ROWS * TILE], values[BLOCK];
+    for (int half = 0; half < 2; half++) tile_all_rows(d, weights->gate, 2 * block + half, &d->to_layer, gate[half]);
+    for (int half = 0; half < 2; half++) tile_all_rows(d, weights->up, 2 * block + half, &d->to_layer, up[half]);
+    for (int row = 0; row < d->num_nodes; row++) {
+        for (int half = 0; half < 2; half++) {
+            const vf g = vf_load(gate[half] + row * TILE), one = vf_set1(1.0f);
+            const vf silu = vf_div(g, vf_add(one, vf_exp(vf_sub(vf_zero(), g))));
+            vf_store(values + half * LANES, vf_mul(silu, vf_load(up[half] + row * TILE)));
+        }
+        quantize_block(&d->to_down, row, block, values);
+    }
+}
+
+static void attend(Decoder *d, int layer, int thread, int num_threads) {
+    const DecoderConfig *c = &d->config;
+    const Attention attention = {&d->cache, c->heads, c->heads / c->kv_heads, d->length, d->num_nodes, d->depth,
+                                 d->is_chain ? NULL : d->ancestors, d->query, &d->to_output};
+    int first, last;
+    pool_share(c->heads * d->num_nodes, thread, num_threads, &first, &last);
+    attention_rows(&attention, layer, first, last, d->work[thread]);
+}
+
+static void run_layer(Decoder *d, int layer, int thread, int num_threads) {
+    const DecoderConfig *c = &d->config;
+    const DecoderLayer *weights = &d->layers[layer];
+    _Alignas(64) float tiles[16 * MAX_ROWS * TILE], values[256];
+    int first, last;
+    norm_rows(d, weights->attention_norm, thread, num_threads);
+    pool_barrier(d->pool);
+    pool_share(c->heads + 2 * c->kv_heads, thread, num_threads, &first, &last);
+    for (int job = first; job < last; job++) project_head(d, layer, job, tiles, values);
+    pool_barrier(d->pool);
+    attend(d, layer, thread, num_threads);
+    pool_barrier(d->pool);
+    project_back(d, weights->output, &d->to_output, thread, num_threads);
+    pool_barrier(d->pool);
+    norm_rows(d, weights->mlp_norm, thread, num_threads);
+    pool_barrier(d->pool);
+    pool_share(c->intermediate / BLOCK, thread, num_threads, &first, &last);
+    for (int block = first; block < last; block++) gate_up_block(d, weights, block);
+    pool_barrier(d->pool);
+    project_back(d, weights->down, &d->to_down, thread, num_threads);
+    pool_barrier(d->pool);
+}
+
+static void step_task(void *context, int thread, int num_threads) {
+    Decoder *d = context;
+    const int hidden = d->config.hidden;
+    int first, last;
+    pool_share(d->num_nodes, thread, num_threads, &first, &last);
+    for (int row = first; row < last; row++)
+        matrix_row(d->embedding, d->tokens[row], d->x + (size_t)row * (size_t)hidden);
+    for (int layer = 0; layer < d->config.layers; layer++) run_layer(d, layer, thread, num_threads);
+    for (int row = first; row < last; row++)
+        rms_norm(d->x + (size_t)row * (size_t)hidden, d->norm, hidden, d->config.eps, d->hidden + (size_t)row * (size_t)hidden);
+}
+
+/* Depths and ancestor lists from parents; 0 when a parent does not precede its child. */
+static int set_tree(Decoder *d, const int32_t *parents, int rows) {
+    d->is_chain = 1;
+    for (int row = 0; row < rows; row++) {
+        const int parent = parents ? parents[row] : row - 1;
+        if (parent >= row || (row == 0 ? parent != -1 : parent < 0)) return 0;
+        d->parents[row] = parent;
+        d->depth[row] = row ? d->depth[parent] + 1 : 0;
+        d->is_chain &= parent == row - 1;
+    }
+    for (int row = 0; row < rows && !d->is_chain; row++)
+        for (int node = row; node >= 0; node = d->parents[node]) d->ancestors[row * MAX_ROWS + d->depth[node]] = node;
+    return 1;
+}
+
+static int reserve(Decoder *d) {
+    const size_t needed = attention_work(d->length + d->num_nodes);
+    if (needed > d->work_floats) {
+        const size_t floats = needed + needed / 2;
+        for (int i = 0; i < pool_size(d->pool); i++) {
+            aligned_release(d->work[i]);
+            d->work[i] = zeroed_memory(floats * sizeof(float));
+            if (!d->work[i]) return d->work_floats = 0, 0;
+        }
+        d->work_floats = floats;
+    }
+    return cache_reserve(&d->cache, d->length + d->num_nodes, !d->is_chain);
+}
+
+int decoder_step(Decoder *d, const int32_t *tokens, const int32_t *parents, int rows, float *hidden) {
+    d->num_nodes = 0;
+    if (rows < 1 || rows > MAX_ROWS || d->length + rows > d->config.max_positions) return STATUS_BAD_CALL;
+    if (!set_tree(d, parents, rows)) return STATUS_BAD_CALL;
+    d->num_nodes = rows;
+    if (!reserve(d)) {
+        d->num_nodes = 0;
+        return STATUS_NO_MEMORY;
+    }
+    memcpy(d->tokens, tokens, sizeof(int32_t) * (size_t)rows);
+    d->hidden = hidden;
+    pool_run(d->pool, step_task, d);
+    return STATUS_OK;
+}
+
+int decoder_commit(Decoder *d, const int32_t *path, int count) {
+    for (int i = 0; i < count; i++) {
+        if (path[i] < 0 || path[i] >= d->num_nodes) return STATUS_BAD_CALL;
+        if (d->parents[path[i]] != (i ? path[i - 1] : -1)) return STATUS_BAD_CALL;
+    }
+    if (!cache_reserve(&d->cache, d->length + count, 0)) return STATUS_NO_MEMORY;
+    for (int i = 0; i < count && !d->is_chain; i++) cache_adopt(&d->cache, path[i], d->length + i);
+    d->length += count;
+    d->num_nodes = 0;
+    return STATUS_OK;
+}
+
+int decoder_truncate(Decoder *d, int length) {
+    if (length < 0 || length > d->length) return STATUS_BAD_CALL;
+    d->length = length;
+    d->num_nodes = 0;
+    cache_release(&d->cache, length);
+    return STATUS_OK;
+}
+
+void decoder_rows(const Decoder *d, int layer, float *keys, float *values) {
+    const Cache *cache = &d->cache;
+    for (int head = 0; head < cache->num_heads; head++)
+        for (int position = 0; position < d->length; position++) {
+            const size_t row = ((size_t)head * (size_t)d->length + (size_t)position) * (size_t)cache->head_dim;
+            uint16_t *block = cache_block(cache, cache->pages[position / PAGE_KEYS], layer, head, position);
+            cache_get(cache, block, position, keys + row, values + row);
+        }
+}
