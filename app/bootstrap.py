@@ -173,7 +173,8 @@ def _steps(root: Path, python: Path, make: bool, uv: bool) -> list[tuple[str, li
         pip += ["--progress-bar", "raw"]
     packages = [[*pip, "--requirement", root / "requirements.txt"]]
     if uv:
-        choose_torch = [python, "-m", "uv", "pip", "install", "--python", python, "--torch-backend=auto"]
+        choose_torch: list[str | Path] = [python, "-m", "uv", "pip", "install", "--python", python]
+        choose_torch += ["--torch-backend=auto"]
         packages = [[*pip, "uv"], [*choose_torch, "--requirement", root / "requirements.txt"]]
     steps: list[tuple[str, list[list[str | Path]]]] = [
         ("Installing the packages (the largest is torch)", packages),
