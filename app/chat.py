@@ -93,8 +93,8 @@ class ChatSession:
     def send(self, conversation_id: str | None, text: str, settings: Mapping[str, Any]) -> Turn:
         """Save a user's message (in a new conversation for None) and queue its answer.
 
-        Raises ChatError for an empty text or while this conversation's last answer is still being written, and
-        InvalidParameterError (an EngineError) for impossible settings; nothing is saved then.
+        Raises ChatError for an empty text, for impossible settings, and while this conversation's last answer is still
+        being written; nothing is saved then.
         """
         if not text.strip():
             raise ChatError("The message is empty; write something first.")
@@ -213,7 +213,10 @@ class ChatSession:
 
 def _params_from(settings: Mapping[str, Any]) -> SamplingParams:
     known = {field.name for field in fields(SamplingParams)}
-    return SamplingParams(**{name: value for name, value in settings.items() if name in known})
+    try:
+        return SamplingParams(**{name: value for name, value in settings.items() if name in known})
+    except EngineError as error:
+        raise ChatError(str(error)) from error
 
 
 def _sentence(error: Exception) -> str:

@@ -1,4 +1,4 @@
-"""One answer while it is written: what the engine thread adds, what pages read, and the thread that saves it meanwhile."""
+"""One answer while it is written: what the engine thread adds, what pages read, and the thread that saves it."""
 
 import logging
 import threading

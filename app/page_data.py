@@ -1,0 +1,131 @@
+"""Plain values for the page's own drawings, made from what the store and the chat session know.
+
+Everything here becomes JSON. The scripts in assets/ are the only readers; texts of the model stay texts.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from app.chat import EngineState
+from app.running_answer import RunningAnswer
+from app.storage import Conversation, Message
+from app.tree_view import StepView, unpack_trace
+
+__all__ = ["conversation_list", "figures_line", "live_view", "saved_view", "status_view", "thread_view"]
+
+LIVE_STEPS = 3  # what one update may have missed; older steps come from the saved trace
+RECENT_STEPS = 48
+STATUS_NOTES = {
+    "cancelled": "stopped",
+    "interrupted": "interrupted when the app ended",
+    "error": "failed",
+}
+
+
+def thread_view(conversation: Conversation | None, messages: Sequence[Message]) -> dict[str, Any]:
+    """A conversation's shown branch; without a conversation, the empty first page."""
+    return {
+        "id": conversation.id if conversation else "",
+        "title": conversation.title if conversation else "",
+        "messages": [_message(message) for message in messages],
+    }
+
+
+def conversation_list(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
+    return [
+        {"id": item.id, "title": item.title or "New chat", "updated_ms": item.updated_ms, "pinned": item.pinned}
+        for item in conversations
+    ]
+
+
+def live_view(answer: RunningAnswer) -> dict[str, Any]:
+    """A running answer: its text, its figures, its latest steps."""
+    stats = answer.stats()
+    return {
+        "conversation": answer.conversation_id,
+        "message": answer.message_id,
+        "status": answer.status,
+        "text": answer.text,
+        "error": answer.error,
+        "figures": figures_line(stats, answer.status),
+        **_steps_view(answer.trace.steps, stats),
+    }
+
+
+def saved_view(message: Message, trace: tuple[int, bytes] | None) -> dict[str, Any] | None:
+    """The last steps of a finished answer, in the shape of `live_view`; None where no steps can be read."""
+    if trace is None:
+        return None
+    try:
+        steps = unpack_trace(*trace).steps
+    except ValueError:
+        return None
+    return {
+        "conversation": message.conversation_id,
+        "message": message.id,
+        "status": message.status,
+        "text": message.content,
+        "error": message.error,
+        "figures": figures_line(message.stats, message.status),
+        **_steps_view(steps, message.stats),
+    }
+
+
+def figures_line(stats: Mapping[str, Any], status: str) -> str:
+    """The line under an answer, such as `41 tok/s · 1.9 tok/step · 512 tokens`, and how it ended if not by itself."""
+    parts = []
+    if stats.get("generated_tokens"):
+        tokens = stats["generated_tokens"]
+        parts = [
+            f"{stats['tokens_per_second']:.0f} tok/s",
+            f"{stats['tokens_per_step']:.1f} tok/step",
+            f"{tokens} token{'' if tokens == 1 else 's'}",
+        ]
+    if stats.get("finish_reason") == "length" and status == "complete":
+        parts.append("cut at the length limit")
+    if status in STATUS_NOTES:
+        parts.append(STATUS_NOTES[status])
+    return " · ".join(parts)
+
+
+def status_view(state: EngineState) -> dict[str, Any]:
+    """The status line: what runs where, and whether Medusa can help."""
+    view: dict[str, Any] = {"phase": state.phase, "message": state.message}
+    if state.info is not None:
+        info = state.info
+        view.update(
+            model=info.model,
+            device=info.device,
+            weights=info.weights,
+            memory_bytes=info.memory_bytes,
+            medusa=info.has_heads,
+            heads=info.num_heads,
+            reason=info.heads_reason,
+            notes=list(info.notes),
+        )
+    return view
+
+
+def _message(message: Message) -> dict[str, Any]:
+    return {
+        "id": message.id,
+        "role": message.role,
+        "content": message.content,
+        "status": message.status,
+        "error": message.error,
+        "medusa": message.stats.get("medusa", message.settings.get("medusa", False)),
+        "figures": figures_line(message.stats, message.status) if message.role == "assistant" else "",
+        "siblings": list(message.siblings),
+    }
+
+
+def _steps_view(steps: Sequence[StepView], stats: Mapping[str, Any]) -> dict[str, Any]:
+    first = max(0, len(steps) - LIVE_STEPS)
+    return {
+        "steps": [step.as_json(first + offset + 1) for offset, step in enumerate(steps[first:])],
+        "recent": [step.num_accepted for step in steps[-RECENT_STEPS:]],
+        "medusa": bool(stats.get("medusa")),
+        "tokens_per_second": round(stats.get("tokens_per_second", 0.0), 1),
+        "tokens_per_step": round(stats.get("tokens_per_step", 1.0), 2),
+        "acceptance_by_depth": [round(share, 3) for share in stats.get("acceptance_by_depth", [])],
+    }

@@ -1,0 +1,26 @@
+// The page's scripts start here: the views that gr.HTML components mount, and what they share.
+
+import { mountConversations } from "./conversations.js";
+import { mountLive } from "./live.js";
+import { mountNotice, mountStatus } from "./status.js";
+import { mountThread } from "./thread.js";
+import { shared } from "./shared.js";
+
+const VIEWS = {
+  conversations: mountConversations,
+  live: mountLive,
+  notice: mountNotice,
+  status: mountStatus,
+  thread: mountThread,
+};
+
+/** Called by each gr.HTML once: build the view, then follow its value. */
+function mount(name, component) {
+  const update = VIEWS[name](component);
+  const follow = () => update(component.props.value || null);
+  component.watch("value", follow);
+  follow();
+}
+
+window.MedusaChat = { mount, wanted: () => shared.wanted };
+window.dispatchEvent(new Event("medusa-chat-ready"));

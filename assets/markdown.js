@@ -1,0 +1,213 @@
+// Markdown to DOM nodes. Model text never becomes markup: every character arrives as a text node, links are limited to
+// http, https and mailto, and pictures are shown as links, because loading one would tell a stranger what is read.
+
+import { copyText, el, iconButton } from "./dom.js";
+
+/** Keeps `target` showing `text`; blocks that did not change keep their nodes, so a growing answer costs its last block. */
+export function renderMarkdown(target, text) {
+  const blocks = splitBlocks(text.replace(/\r\n?/g, "\n").split("\n"));
+  const old = target.blocks || [];
+  let same = 0;
+  while (same < blocks.length && same < old.length && old[same].key === blocks[same].key) same += 1;
+  for (const block of old.slice(same)) block.node.remove();
+  const added = blocks.slice(same).map((block) => ({ key: block.key, node: block.build() }));
+  target.append(...added.map((block) => block.node));
+  target.blocks = [...old.slice(0, same), ...added];
+}
+
+const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*?)\s*#*\s*$/;
+const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
+const QUOTE = /^ {0,3}> ?/;
+const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|$)/;
+const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const MAX_NESTING = 12;
+
+/** Cut lines into blocks: each has the source it came from as `key`, and `build()` for its node. */
+function splitBlocks(lines, depth = 0) {
+  const blocks = [];
+  let at = 0;
+  while (at < lines.length) {
+    if (!lines[at].trim()) {
+      at += 1;
+      continue;
+    }
+    const [end, build] = readBlock(lines, at, depth);
+    blocks.push({ key: lines.slice(at, end).join("\n"), build });
+    at = end;
+  }
+  return blocks;
+}
+
+function readBlock(lines, at, depth) {
+  const line = lines[at];
+  if (FENCE.test(line)) return readFence(lines, at);
+  if (HEADING.test(line)) return [at + 1, () => buildHeading(line)];
+  if (RULE.test(line)) return [at + 1, () => el("hr")];
+  if (QUOTE.test(line) && depth < MAX_NESTING) return readQuote(lines, at, depth);
+  if (ITEM.test(line) && depth < MAX_NESTING) return readList(lines, at, depth);
+  if (line.includes("|") && TABLE_RULE.test(lines[at + 1] || "") && (lines[at + 1] || "").includes("-")) return readTable(lines, at);
+  return readParagraph(lines, at);
+}
+
+function readFence(lines, at) {
+  const [, mark, language] = lines[at].match(FENCE);
+  const indent = lines[at].search(/\S/);
+  let end = at + 1;
+  while (end < lines.length && !isFenceEnd(lines[end], mark)) end += 1;
+  const code = lines.slice(at + 1, end).map((line) => line.replace(new RegExp(`^ {0,${indent}}`), "")).join("\n");
+  return [Math.min(end + 1, lines.length), () => buildCode(code, language)];
+}
+
+const isFenceEnd = (line, mark) => {
+  const text = line.trim();
+  return text.length >= mark.length && text === mark[0].repeat(text.length) && line.search(/\S/) < 4;
+};
+
+function buildCode(code, language) {
+  const name = language.toLowerCase().replace(/[^a-z0-9+#.-]/g, "").slice(0, 20);
+  const copy = iconButton("copy", "Copy code", () => copyText(code, copy));
+  return el("div", { class: "code-block" },
+    el("div", { class: "code-head" }, el("span", {}, name || "code"), copy),
+    el("pre", { tabindex: "0", "aria-label": name ? `${name} code` : "code" }, el("code", {}, code)));
+}
+
+function buildHeading(line) {
+  const [, marks, text] = line.match(HEADING);
+  return el(`h${Math.min(marks.length + 2, 6)}`, {}, ...inline(text)); // h1 and h2 belong to the page
+}
+
+function readQuote(lines, at, depth) {
+  let end = at;
+  while (end < lines.length && (QUOTE.test(lines[end]) || (lines[end].trim() && !startsBlock(lines[end])))) end += 1;
+  const inner = lines.slice(at, end).map((line) => line.replace(QUOTE, ""));
+  return [end, () => el("blockquote", {}, ...build(inner, depth + 1))];
+}
+
+function readList(lines, at, depth) {
+  const ordered = /\d/.test(lines[at].match(ITEM)[2]);
+  const items = [];
+  let end = at;
+  while (end < lines.length) {
+    const match = lines[end].match(ITEM);
+    if (!match || /\d/.test(match[2]) !== ordered || RULE.test(lines[end])) break;
+    const [itemEnd, item] = readItem(lines, end, match);
+    items.push(item);
+    end = itemEnd;
+  }
+  const start = ordered ? parseInt(lines[at].match(ITEM)[2], 10) : null;
+  return [end, () => buildList(items, ordered, start, depth)];
+}
+
+/** One item: its first line, and what follows indented, or directly as the same paragraph. */
+function readItem(lines, at, match) {
+  const width = match[1].length + match[2].length + Math.max(1, Math.min(match[3].length, 4));
+  const inner = [lines[at].slice(match[0].length)];
+  let end = at + 1;
+  while (end < lines.length) {
+    const line = lines[end];
+    const indent = line.search(/\S/);
+    if (indent < 0) {
+      const next = lines.slice(end).find((later) => later.trim());
+      if (next === undefined || next.search(/\S/) < Math.min(width, 2)) {
+        if (next === undefined || !ITEM.test(next)) break;
+        end += 1;
+        break;
+      }
+      inner.push("");
+    } else if (indent >= Math.min(width, 2)) inner.push(line.slice(Math.min(indent, width)));
+    else if (ITEM.test(line) || startsBlock(line) || !inner[inner.length - 1].trim()) break;
+    else inner.push(line);
+    end += 1;
+  }
+  return [end, inner];
+}
+
+function buildList(items, ordered, start, depth) {
+  const list = el(ordered ? "ol" : "ul", { start: ordered && start !== 1 ? start : null });
+  for (const lines of items) {
+    const children = build(lines, depth + 1);
+    // A tight item's lone paragraph would only add space.
+    const flat = children.flatMap((child) => (child.tagName === "P" && !lines.includes("") ? [...child.childNodes] : [child]));
+    list.append(el("li", {}, ...flat));
+  }
+  return list;
+}
+
+function readTable(lines, at) {
+  let end = at + 2;
+  while (end < lines.length && lines[end].trim() && lines[end].includes("|")) end += 1;
+  const rows = [lines[at], ...lines.slice(at + 2, end)].map(cells);
+  const sides = cells(lines[at + 1]).map(side);
+  return [end, () => buildTable(rows, sides)];
+}
+
+const cells = (line) => line.trim().replace(/^\||\|$/g, "").split(/(?<!\\)\|/).map((cell) => cell.trim().replace(/\\\|/g, "|"));
+const side = (rule) => (rule.endsWith(":") ? (rule.startsWith(":") ? "center" : "right") : null);
+
+function buildTable([head, ...rows], sides) {
+  const row = (tag, texts) => el("tr", {}, ...head.map((_, column) =>
+    el(tag, { class: sides[column] ? `to-${sides[column]}` : null }, ...inline(texts[column] || ""))));
+  return el("div", { class: "table-scroll", tabindex: "0" },
+    el("table", {}, el("thead", {}, row("th", head)), el("tbody", {}, ...rows.map((texts) => row("td", texts)))));
+}
+
+function readParagraph(lines, at) {
+  let end = at + 1;
+  while (end < lines.length && lines[end].trim() && !startsBlock(lines[end])) end += 1;
+  const text = lines.slice(at, end).map((line) => line.trimStart()).join("\n");
+  return [end, () => el("p", {}, ...inline(text.trimEnd()))];
+}
+
+const startsBlock = (line) => FENCE.test(line) || HEADING.test(line) || RULE.test(line) || QUOTE.test(line) || ITEM.test(line);
+
+const build = (lines, depth) => splitBlocks(lines, depth).map((block) => block.build());
+
+// Inline: the first alternative that matches wins; what matches none is text.
+const INLINE = new RegExp(
+  [
+    /\\([!-/:-@[-`{-~])/, // 1 escaped punctuation
+    /(`+)([^]*?[^`])\2(?!`)/, // 2 3 code
+    /!\[([^\]\n]*)\]\(\s*<?([^\s)>]+)>?[^)\n]*\)/, // 4 5 picture
+    /\[((?:[^[\]\n]|\[[^\]\n]*\])+)\]\(\s*<?([^\s)>]+)>?[^)\n]*\)/, // 6 7 link
+    /<?(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}*_])>?/, // 8 bare address
+    /\*\*(?=\S)([^]*?\S)\*\*(?!\*)/, // 9 strong
+    /(?<![\p{L}\p{N}])__(?=\S)([^]*?\S)__(?![\p{L}\p{N}])/, // 10 strong
+    /\*(?=[^\s*])([^*]*?[^\s*])\*(?!\*)/, // 11 emphasis
+    /(?<![\p{L}\p{N}_])_(?=[^\s_])([^_]*?[^\s_])_(?![\p{L}\p{N}_])/, // 12 emphasis
+    /~~(?=\S)([^]*?\S)~~/, // 13 struck
+    /( *\n)/, // 14 line break
+  ].map((part) => part.source).join("|"),
+  "gu",
+);
+
+function inline(text, depth = 0) {
+  if (depth > MAX_NESTING) return [text];
+  const nodes = [];
+  let last = 0;
+  for (const match of text.matchAll(INLINE)) {
+    if (match.index > last) nodes.push(text.slice(last, match.index));
+    nodes.push(inlineNode(match, depth + 1));
+    last = match.index + match[0].length;
+  }
+  if (last < text.length) nodes.push(text.slice(last));
+  return nodes;
+}
+
+function inlineNode(match, depth) {
+  const [whole, escaped, , code, pictureText, pictureUrl, linkText, linkUrl, address, strong, strong2, em, em2, struck] = match;
+  if (escaped !== undefined) return escaped;
+  if (code !== undefined) return el("code", {}, code.replace(/\n/g, " ").replace(/^ (.*[^ ].*) $/, "$1"));
+  if (pictureUrl !== undefined) return link(pictureUrl, [`🖼 ${pictureText || pictureUrl}`], whole);
+  if (linkUrl !== undefined) return link(linkUrl, inline(linkText, depth), whole);
+  if (address !== undefined) return link(address, [address], whole);
+  if (strong !== undefined || strong2 !== undefined) return el("strong", {}, ...inline(strong ?? strong2, depth));
+  if (em !== undefined || em2 !== undefined) return el("em", {}, ...inline(em ?? em2, depth));
+  if (struck !== undefined) return el("del", {}, ...inline(struck, depth));
+  return el("br");
+}
+
+function link(url, children, source) {
+  if (!/^(https?:|mailto:)/i.test(url)) return source;
+  return el("a", { href: url, target: "_blank", rel: "noopener noreferrer nofollow" }, ...children);
+}

@@ -1,0 +1,66 @@
+// The line at the top (what runs where, whether Medusa helps, and if not why) and the notice above the text box.
+
+import { el, icon, iconButton } from "./dom.js";
+import { currentTheme, isOpen, setOpen, setTheme, shared } from "./shared.js";
+
+const WEIGHT_NAMES = { int4: "4-bit", nf4: "4-bit NF4", int8: "8-bit", bf16: "16-bit", none: "16-bit" };
+
+/** Mount the status line; returns the function that takes each new value. */
+export function mountStatus({ element }) {
+  const facts = el("div", { class: "facts", role: "status" });
+  const theme = iconButton("moon", "Dark theme", () => setTheme(currentTheme() === "dark" ? "light" : "dark"));
+  const panel = iconButton("tree", "Medusa at work", () => setOpen("panel", !isOpen("panel")));
+  element.replaceChildren(
+    iconButton("menu", "Conversations", () => setOpen("sidebar", !isOpen("sidebar"))),
+    facts, panel, theme);
+  const showTheme = (dark) => {
+    theme.replaceChildren(icon(dark ? "sun" : "moon"));
+    theme.setAttribute("aria-label", dark ? "Light theme" : "Dark theme");
+    theme.title = theme.getAttribute("aria-label");
+  };
+  const showPanel = (open) => panel.setAttribute("aria-expanded", String(open));
+  shared.on("theme", showTheme);
+  shared.on("panel", showPanel);
+  showTheme(currentTheme() === "dark");
+  showPanel(isOpen("panel"));
+  return (value) => {
+    facts.replaceChildren(...(value ? factsOf(value) : []));
+    if (value) document.documentElement.dataset.medusa = value.medusa ? "ready" : value.phase === "ready" ? "missing" : "unknown";
+  };
+}
+
+function factsOf(value) {
+  if (value.phase === "loading") {
+    return [el("span", { class: "spinner", "aria-hidden": "true" }), el("span", { class: "fact" }, `${value.message || "Starting"}…`)];
+  }
+  if (value.phase === "failed") return [badge("bad", `The model did not load. ${value.message}`)];
+  const place = [WEIGHT_NAMES[value.weights] || value.weights, value.device.toUpperCase(), megabytes(value.memory_bytes)];
+  return [
+    el("span", { class: "fact model" }, value.model),
+    el("span", { class: "fact detail" }, place.filter(Boolean).join(" · ")),
+    value.medusa
+      ? badge("good", `Medusa · ${value.heads} heads`)
+      : badge("warn", `Medusa unavailable: ${value.reason || "no heads were found for this model"}`),
+    ...value.notes.map((note) => badge("note", note)),
+  ];
+}
+
+function badge(kind, text) {
+  return el("span", { class: `badge ${kind}`, title: text }, kind === "good" ? null : icon("warning"), el("span", {}, text));
+}
+
+function megabytes(bytes) {
+  if (!bytes) return "";
+  return bytes > 1e9 ? `${(bytes / 1e9).toFixed(1)} GB` : `${Math.round(bytes / 1e6)} MB`;
+}
+
+/** Mount the notice: why something that was asked for did not happen. */
+export function mountNotice({ element }) {
+  return (value) => {
+    element.replaceChildren();
+    if (!value) return;
+    const line = el("p", { class: "notice", role: "alert" }, icon("warning"), el("span", {}, value.text),
+      iconButton("close", "Dismiss", () => line.remove()));
+    element.append(line);
+  };
+}
