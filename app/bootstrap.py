@@ -83,7 +83,7 @@ def is_inside(root: Path) -> bool:
 def inspect(root: Path) -> State:
     """Say what `.venv` is. Reads two small files, so that a ready app starts at once."""
     venv = root / ".venv"
-    if not venv.exists() or not any(venv.iterdir()):
+    if not venv.exists() or all(entry.name == MARK for entry in venv.iterdir()):
         return State.MISSING
     try:
         stamp = json.loads((venv / STAMP).read_text(encoding="utf-8"))

