@@ -145,6 +145,8 @@ inline int __ffs(u32 v) { return __builtin_ffs(v); }
 inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 inline float __expf(float x) { return expf(x); }
+inline float exp2_fast(float x) { return exp2f(x); }
+inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 using std::max;
 using std::min;
 
@@ -178,6 +180,7 @@ inline u32 byte_permute(u32 low, u32 high, u32 selector) {
     }
     return result;
 }
+inline u32 and_or(u32 value, u32 mask, u32 bits) { return (value & mask) | bits; }
 template <int PICK> u32 widen_int8(u32 codes) {
     return pack2((float)(i8)(codes >> (8 * PICK)), (float)(i8)(codes >> (8 * PICK + 8)));
 }

@@ -1,4 +1,4 @@
-"""int8 matrices with one scale a row for the CUDA linear: codes are widened exactly, the scale is applied to the sum."""
+"""int8 matrices with one scale a row for the CUDA linear: codes widen exactly, the scale is applied to sums."""
 
 from dataclasses import dataclass
 

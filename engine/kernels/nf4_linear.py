@@ -101,8 +101,8 @@ def stack_rows(parts: list[Tensor], gate_up: bool) -> Tensor:
 def code_tables(dtype: torch.dtype) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """Return the new numbering (old code of each number), the 256 pairs and the eight words of byte tables.
 
-    Numbers i and i + 8 have values of the same sign and the same top bit of the low byte, as the byte permutes need; the
-    sign of zero is free.
+    Numbers i and i + 8 have values of the same sign and the same top bit of the low byte, as the byte permutes need;
+    the sign of zero is free.
     """
     values = torch.tensor(NF4_VALUES, dtype=torch.float64) * VALUE_FACTOR[dtype]
     bits = [int(v) & 0xFFFF for v in values.to(dtype).view(torch.int16)]

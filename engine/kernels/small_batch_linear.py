@@ -18,14 +18,14 @@ __all__ = ["MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", 
 MAX_TOKENS = 64
 SLICES = 8  # of K, in the kernel's fixed summation order
 MAX_SHARED_BYTES = 227 * 1024
-PLAIN, ADD_RESIDUAL, SWIGLU = 0, 1, 2
+PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32 = 0, 1, 2, 3
 LoadKernel = Callable[..., Kernel]
 
 
 class Decode:
     """How the kernel turns codes into operands."""
 
-    NF4_TABLE, NF4_PERMUTE, INT8 = 0, 1, 2
+    NF4_TABLE, NF4_PERMUTE, INT8, DENSE = 0, 1, 2, 3
 
 
 @dataclass(frozen=True)
@@ -78,14 +78,14 @@ class LinearConfig:
 
 @dataclass(frozen=True)
 class PackedLinear:
-    """A quantised matrix in the kernel's order, N padded to a multiple of 16.
+    """A matrix [N, K] in the kernel's order; N is a multiple of 16, K of 64.
 
     weights uint8, scales float32 and tables int32 as cuda/linear.cuh says; `decode` a value of `Decode`. With
     `gate_up` the rows of gate and up alternate and the kernel answers silu(gate) * up, [tokens, N / 2].
     """
 
     weights: Tensor
-    scales: Tensor
+    scales: Tensor | None
     pairs: Tensor | None
     byte_tables: Tensor | None
     n: int
@@ -99,7 +99,7 @@ class PackedLinear:
 
     @property
     def num_bytes(self) -> int:
-        return self.weights.nbytes + self.scales.nbytes
+        return self.weights.nbytes + (0 if self.scales is None else self.scales.nbytes)
 
 
 class Workspace:
@@ -145,7 +145,7 @@ def run_linear(
 ) -> Tensor:
     """Compute x W^T (+ residual), or silu(gate) * up: x [tokens, K] of 1 to 64 tokens -> [tokens, N] (or N / 2).
 
-    `residual` and `out` are contiguous and may be the same tensor.
+    `residual` and `out` are contiguous and may be the same tensor; a float32 `out` gets unrounded sums (for logits).
     """
     tokens, width = x.shape[0], weight.n // 2 if weight.gate_up else weight.n
     assert x.is_contiguous() and x.dtype == weight.dtype and x.shape[1] == weight.k, "x: contiguous, the weight's type"
@@ -156,9 +156,19 @@ def run_linear(
     defines = tuple((name.upper(), value) for name, value in config.to_dict().items())
     defines += (("BF16", int(x.dtype == torch.bfloat16)),)
     kernel = load("linear.cuh", "linear", defines, shared_bytes)
-    epilogue = SWIGLU if weight.gate_up else PLAIN if residual is None else ADD_RESIDUAL
+    epilogue = _epilogue(weight, residual, out)
     blocks = math.ceil(weight.n / config.block_rows)
     arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
     arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
     kernel((blocks, config.parts), config.threads, arguments, shared_bytes)
     return out
+
+
+def _epilogue(weight: PackedLinear, residual: Tensor | None, out: Tensor) -> int:
+    if out.dtype == torch.float32:
+        assert residual is None and not weight.gate_up, "float32 results are plain"
+        return FLOAT32
+    if weight.gate_up:
+        assert residual is None, "gate and up have no residual"
+        return SWIGLU
+    return PLAIN if residual is None else ADD_RESIDUAL

@@ -1,4 +1,4 @@
-// y[tokens, N] = x[tokens, K] * W^T for few tokens, W in NF4 or int8. Weights are the 16 x 16 left operand of the
+// y[tokens, N] = x[tokens, K] * W^T for few tokens, W in NF4, int8 or 16 bit. Weights are the 16 x 16 left operand of the
 // tensor cores, eight tokens the right one.
 //
 // The order in which a result is summed is fixed by K alone: blocks of 64 along K go round-robin to SLICES slices, a
@@ -8,21 +8,22 @@
 // Weights lie in tiles of 16 rows x 64 k, a lane's bytes together (see the packing in the Python files): lane (g, q)
 // holds rows 2g and 2g + 1 and, of each half of 32 k, the eight from 8q on.
 //
-// Compile-time: DECODE (0 NF4 by table in shared memory, 1 NF4 by byte permutes, 2 int8), TOKEN_TILES (of 8 tokens),
+// Compile-time: DECODE (0 NF4 by table in shared memory, 1 NF4 by byte permutes, 2 int8,
+// 3 plain 16 bit), TOKEN_TILES (of 8 tokens),
 // ROW_TILES (of 16 rows, per warp), ROW_WARPS and SLICE_WARPS (their product is the block), DEPTH (blocks of 64 k in
 // flight per warp), MIN_BLOCKS (thread blocks per multiprocessor).
 
 #define SLICES 8
-#define IS_INT8 (DECODE == 2)
+#define IS_NF4 (DECODE < 2)
 
 constexpr int THREADS = 32 * ROW_WARPS * SLICE_WARPS;
-constexpr int LOADS = IS_INT8 ? 2 : 1;  // 16-byte loads a lane and tile
+constexpr int LOADS = IS_NF4 ? 1 : DECODE == 2 ? 2 : 4;  // 16-byte loads a lane and tile
 constexpr int SEGMENT_BYTES = SLICE_WARPS * 128;  // one token's 64 k for each slice of this thread block
 constexpr int TOKEN_STRIDE = DEPTH * SEGMENT_BYTES + 64;  // the 64 keep eight lanes of a load on different banks
 constexpr int STAGE_BYTES = TOKEN_TILES * 8 * TOKEN_STRIDE;
 constexpr int BLOCK_ROW_TILES = ROW_WARPS * ROW_TILES;
 
-enum { PLAIN = 0, ADD_RESIDUAL = 1, SWIGLU = 2 };
+enum { PLAIN = 0, ADD_RESIDUAL = 1, SWIGLU = 2, FLOAT32 = 3 };
 
 struct Prefetched {
     uint4 codes[LOADS];
@@ -44,10 +45,10 @@ __device__ __forceinline__ u32 look_up(u32 offset) { return *(const u32*)((const
 
 // Four bytes -> a0 and a2 of two steps.
 __device__ __forceinline__ void decode_word(u32 word, u32 lane4, const u32*, u32 (&pairs)[4]) {
-    pairs[0] = look_up(((word << 7) & 0x7f80) | lane4);
-    pairs[1] = look_up(((word >> 1) & 0x7f80) | lane4);
-    pairs[2] = look_up(((word >> 9) & 0x7f80) | lane4);
-    pairs[3] = look_up(((word >> 17) & 0x7f80) | lane4);
+    pairs[0] = look_up(and_or(word << 7, 0x7f80, lane4));
+    pairs[1] = look_up(and_or(word >> 1, 0x7f80, lane4));
+    pairs[2] = look_up(and_or(word >> 9, 0x7f80, lane4));
+    pairs[3] = look_up(and_or(word >> 17, 0x7f80, lane4));
 }
 #elif DECODE == 1
 // Codes are numbered so that i and i + 8 have values of equal sign and equal top bit of the low byte. A permute then
@@ -70,7 +71,15 @@ __device__ __forceinline__ void decode_word(u32 word, u32, const u32* tables, u3
 
 // A tile's 4 x 4 operand registers: a[step][0..3].
 __device__ __forceinline__ void decode_tile(const Prefetched& tile, u32 lane4, const u32* tables, u32 (&a)[4][4]) {
-#if IS_INT8
+#if DECODE == 3
+#pragma unroll
+    for (int step = 0; step < 4; ++step) {
+        a[step][0] = tile.codes[step].x;
+        a[step][1] = tile.codes[step].y;
+        a[step][2] = tile.codes[step].z;
+        a[step][3] = tile.codes[step].w;
+    }
+#elif DECODE == 2
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         const u32 words[4] = {tile.codes[half].x, tile.codes[half].y, tile.codes[half].z, tile.codes[half].w};
@@ -106,6 +115,10 @@ __device__ __forceinline__ void write_pair(
         return;
     }
     long long at = (long long)token * n + row;
+    if (epilogue == FLOAT32) {
+        *(float2*)((float*)y + at) = make_float2(low, high);
+        return;
+    }
     if (epilogue == ADD_RESIDUAL) {
         u32 before = *(const u32*)(residual + at);
         low += to_float((u16)before);
@@ -141,7 +154,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
                 long long tile = (long long)(first_tile + t) * blocks + block;
 #pragma unroll
                 for (int i = 0; i < LOADS; ++i) slot[t].codes[i] = load_once16(weights + (tile * LOADS + i) * 32 + lane);
-                if (!IS_INT8) slot[t].scale = load_once8(scales + tile * 8 + g);
+                if (IS_NF4) slot[t].scale = load_once8(scales + tile * 8 + g);
             }
         }
     };
@@ -198,7 +211,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
                     uint4 b0 = *(const uint4*)from, b1 = *(const uint4*)(from + 64);
 #pragma unroll
                     for (int t = 0; t < ROW_TILES; ++t) {
-#if IS_INT8
+#if !IS_NF4
                         float(&c)[4] = sums[t][tt];
 #else
                         float c[4] = {0.0f, 0.0f, 0.0f, 0.0f};
@@ -207,7 +220,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
                         multiply16x8x16(c, a[t][1][0], a[t][1][1], a[t][1][2], a[t][1][3], b0.z, b0.w);
                         multiply16x8x16(c, a[t][2][0], a[t][2][1], a[t][2][2], a[t][2][3], b1.x, b1.y);
                         multiply16x8x16(c, a[t][3][0], a[t][3][1], a[t][3][2], a[t][3][3], b1.z, b1.w);
-#if !IS_INT8
+#if IS_NF4
                         sums[t][tt][0] = fmaf(scale[t].x, c[0], sums[t][tt][0]);
                         sums[t][tt][1] = fmaf(scale[t].x, c[1], sums[t][tt][1]);
                         sums[t][tt][2] = fmaf(scale[t].y, c[2], sums[t][tt][2]);
@@ -287,7 +300,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
         if (first_tile + t >= row_tiles) break;
         int row = (first_tile + t) * 16 + 2 * g;
         float2 scale = make_float2(1.0f, 1.0f);
-        if (IS_INT8) scale = scales[(first_tile + t) * 8 + g];
+        if (DECODE == 2) scale = scales[(first_tile + t) * 8 + g];
 #pragma unroll
         for (int tt = 0; tt < TOKEN_TILES; ++tt) {
             const float(&s)[4] = sums[t][tt];

@@ -51,6 +51,12 @@ __device__ __forceinline__ u32 byte_permute(u32 low, u32 high, u32 selector) {
     return result;
 }
 
+__device__ __forceinline__ u32 and_or(u32 value, u32 mask, u32 bits) {  // one instruction, which nvrtc does not find
+    u32 result;
+    asm("lop3.b32 %0, %1, %2, %3, 0xea;" : "=r"(result) : "r"(value), "r"(mask), "r"(bits));
+    return result;
+}
+
 // Four int8 codes -> the two at bytes PICK, PICK + 1 as exact activations.
 template <int PICK>
 __device__ __forceinline__ u32 widen_int8(u32 codes) {
@@ -66,6 +72,16 @@ __device__ __forceinline__ u32 widen_int8(u32 codes) {
     u32 lanes = byte_permute(codes ^ 0x80808080u, 0x64646464u, PICK == 0 ? 0x4140 : 0x4342);
     asm("sub.f16x2 %0, %1, %2;" : "=r"(result) : "r"(lanes), "r"(0x64806480u));
 #endif
+    return result;
+}
+
+#ifndef INFINITY
+#define INFINITY __uint_as_float(0x7f800000u)
+#endif
+
+__device__ __forceinline__ float exp2_fast(float x) {
+    float result;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(result) : "f"(x));
     return result;
 }
 

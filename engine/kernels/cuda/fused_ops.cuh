@@ -1,0 +1,214 @@
+// The small steps between the matrices, each one launch over static buffers: norm, rotary positions, argmax, top-k,
+// the walk that accepts a path, and the commit of its rows. All sizes that change while decoding are read from memory.
+
+#define NORM_THREADS 256
+
+// The step's record, int32: what the host copies after a step.
+enum { LENGTH = 0, OLD_LENGTH = 1, NUM_ACCEPTED = 2, BONUS = 3, PATH = 4, MAX_PATH = 16, PATH_TOKENS = PATH + MAX_PATH };
+
+// out = x / rms(x) * weight, a row a thread block. x [rows, width], width a multiple of 8 and at most 16384.
+extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(
+    const u16* x, const u16* weight, u16* out, int width, float eps) {
+    SHARED float parts[NORM_THREADS / 32];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const uint4* row = (const uint4*)(x + (long long)blockIdx.x * width);
+    const int pieces = width / 8;
+    uint4 kept[8];
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int piece = threadIdx.x + i * NORM_THREADS;
+        if (piece >= pieces) break;
+        kept[i] = row[piece];
+        const u32 words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            float low = to_float((u16)words[j]), high = to_float((u16)(words[j] >> 16));
+            sum = fmaf(low, low, sum);
+            sum = fmaf(high, high, sum);
+        }
+    }
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
+    if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = sum;
+    __syncthreads();
+    sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < NORM_THREADS / 32; ++i) sum += parts[i];
+    float scale = rsqrtf(sum / width + eps);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int piece = threadIdx.x + i * NORM_THREADS;
+        if (piece >= pieces) break;
+        uint4 factors = ((const uint4*)weight)[piece];
+        const u32 words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
+        const u32 by[4] = {factors.x, factors.y, factors.z, factors.w};
+        u32 result[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j)
+            result[j] = pack2(to_float((u16)words[j]) * scale * to_float((u16)by[j]),
+                              to_float((u16)(words[j] >> 16)) * scale * to_float((u16)(by[j] >> 16)));
+        ((uint4*)(out + (long long)blockIdx.x * width))[piece] = make_uint4(result[0], result[1], result[2], result[3]);
+    }
+}
+
+// Split qkv [nodes, heads + 2 kv_heads, head_dim] into rotated queries [nodes, heads, head_dim] and scratch rows
+// [nodes, kv_heads, head_dim]. angles float2 [positions, head_dim / 2]: (cos, sin). A warp a row of head_dim.
+extern "C" __global__ void __launch_bounds__(128) rotate_and_split(
+    const u16* qkv, const float2* angles, const int* record, const int* depth, u16* query, u16* scratch_keys,
+    u16* scratch_values, int nodes, int heads, int kv_heads, int head_dim) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int slots = heads + 2 * kv_heads, item = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x & 31;
+    if (item >= nodes * slots) return;
+    const int node = item / slots, slot = item % slots, half = head_dim / 2;
+    const u16* from = qkv + (long long)item * head_dim;
+    u16* to = slot < heads              ? query + ((long long)node * heads + slot) * head_dim
+              : slot < heads + kv_heads ? scratch_keys + ((long long)node * kv_heads + slot - heads) * head_dim
+                                        : scratch_values + ((long long)node * kv_heads + slot - heads - kv_heads) * head_dim;
+    const float2* turn = angles + (long long)(record[LENGTH] + depth[node]) * half;
+    for (int i = lane; i < half; i += 32) {
+        if (slot >= heads + kv_heads) {
+            to[i] = from[i];
+            to[i + half] = from[i + half];
+            continue;
+        }
+        float low = to_float(from[i]), high = to_float(from[i + half]);
+        float2 angle = turn[i];
+        to[i] = from_float(low * angle.x - high * angle.y);
+        to[i + half] = from_float(high * angle.x + low * angle.y);
+    }
+}
+
+// A float32 and its index as one number that orders by value, then by smaller index.
+__device__ __forceinline__ u64 ordered(float value, u32 index) {
+    u32 bits = __float_as_uint(value);
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return ((u64)bits << 32) | (0xffffffffu - index);
+}
+
+__device__ __forceinline__ u32 index_of(u64 key) { return 0xffffffffu - (u32)key; }
+
+__device__ __forceinline__ u64 block_max(u64 key, u64* parts) {  // every thread gets the result; 32 parts in shared memory
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) key = max(key, __shfl_xor_sync(~0u, key, step));
+    if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = key;
+    __syncthreads();
+    key = parts[0];
+    for (int i = 1; i < blockDim.x / 32; ++i) key = max(key, parts[i]);
+    __syncthreads();
+    return key;
+}
+
+// Grid: (chunks of 8192 logits, rows). logits float32 [rows, vocab] -> the best key of each chunk, [rows, chunks].
+extern "C" __global__ void __launch_bounds__(256) argmax_chunks(const float* logits, u64* keys, int vocab) {
+    SHARED u64 parts[32];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const float* row = logits + (long long)blockIdx.y * vocab;
+    u64 best = 0;
+    for (int i = blockIdx.x * 8192 + threadIdx.x; i < min(vocab, (int)(blockIdx.x + 1) * 8192); i += 256)
+        best = max(best, ordered(row[i], i));
+    best = block_max(best, parts);
+    if (threadIdx.x == 0) keys[blockIdx.y * gridDim.x + blockIdx.x] = best;
+}
+
+// Grid: rows, of 1024 threads. logits float32 [rows, vocab] of at most 1024 * PER_THREAD -> the k best [rows, k], best
+// first, smaller index first among equals; through token_map where there is one.
+#ifndef PER_THREAD
+#define PER_THREAD 16
+#endif
+extern "C" __global__ void __launch_bounds__(1024) top_k(
+    const float* logits, const int* token_map, int* tokens, int vocab, int k) {
+    SHARED u64 parts[32];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const float* row = logits + (long long)blockIdx.x * vocab;
+    float kept[PER_THREAD];
+#pragma unroll
+    for (int i = 0; i < PER_THREAD; ++i) {
+        int index = threadIdx.x + i * 1024;
+        kept[i] = index < vocab ? row[index] : -INFINITY;
+    }
+    u64 below = ~0ull;
+    for (int rank = 0; rank < k; ++rank) {
+        u64 best = 0;
+#pragma unroll
+        for (int i = 0; i < PER_THREAD; ++i) {
+            u64 key = ordered(kept[i], threadIdx.x + i * 1024);
+            if (key < below) best = max(best, key);
+        }
+        below = block_max(best, parts);
+        if (threadIdx.x == 0) {
+            int index = (int)index_of(below);
+            tokens[blockIdx.x * k + rank] = token_map ? token_map[index] : index;
+        }
+    }
+}
+
+// One thread block of 64 threads. Exact greedy acceptance: from the root, go to the child whose token is the target's
+// argmax, while there is one. Writes the step's record and moves the committed length.
+// keys [nodes, chunks] from argmax_chunks; tokens, parents [nodes], the root's parent -1.
+extern "C" __global__ void __launch_bounds__(64) accept_greedy(
+    const u64* keys, const int* tokens, const int* parents, int* record, int nodes, int chunks) {
+    SHARED int targets[64];
+    SHARED u64 parts[32];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int me = threadIdx.x;
+    if (me < nodes) {
+        u64 best = 0;
+        for (int i = 0; i < chunks; ++i) best = max(best, keys[me * chunks + i]);
+        targets[me] = (int)index_of(best);
+    }
+    __syncthreads();
+    int node = 0, accepted = 0;
+    if (me == 0) {
+        record[PATH] = 0;
+        record[PATH_TOKENS] = tokens[0];
+    }
+    while (true) {
+        bool follows = me < nodes && parents[me] == node && tokens[me] == targets[node];
+        u64 found = block_max(follows ? (u64)(nodes - me) : 0, parts);
+        if (found == 0) break;
+        node = nodes - (int)found;
+        ++accepted;
+        if (me == 0) {
+            record[PATH + accepted] = node;
+            record[PATH_TOKENS + accepted] = tokens[node];
+        }
+    }
+    if (me == 0) {
+        int length = record[LENGTH];
+        record[OLD_LENGTH] = length;
+        record[LENGTH] = length + accepted + 1;
+        record[NUM_ACCEPTED] = accepted;
+        record[BONUS] = targets[node];
+    }
+}
+
+// Grid: (layers * kv_heads, MAX_PATH), head_dim / 8 threads. Scratch rows [layers, nodes, kv_heads, head_dim] of the
+// record's path become cache rows [layers, kv_heads, capacity, head_dim].
+extern "C" __global__ void commit_path(
+    const uint4* scratch_keys, const uint4* scratch_values, uint4* keys, uint4* values, const int* record, int nodes,
+    int kv_heads, int capacity) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int step = blockIdx.y, layer = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, width = blockDim.x;
+    if (step > record[NUM_ACCEPTED]) return;
+    long long from = (((long long)layer * nodes + record[PATH + step]) * kv_heads + kv_head) * width + threadIdx.x;
+    long long to = ((long long)blockIdx.x * capacity + record[OLD_LENGTH] + step) * width + threadIdx.x;
+    keys[to] = scratch_keys[from];
+    values[to] = scratch_values[from];
+}
+
+// One thread block of 64 threads. The next tree's tokens: the bonus token at the root, elsewhere the guess of the head
+// for the node's depth at the node's rank. guesses [heads, k].
+extern "C" __global__ void __launch_bounds__(64) fill_tree(
+    const int* guesses, const int* depth, const int* rank, const int* record, int* tokens, int nodes, int k) {
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    int node = threadIdx.x;
+    if (node < nodes) tokens[node] = node == 0 ? record[BONUS] : guesses[(depth[node] - 1) * k + rank[node]];
+}

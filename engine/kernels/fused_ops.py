@@ -1,0 +1,176 @@
+"""The small steps of a decode step as single launches over static buffers: norm, rotary, top-k, acceptance, commit.
+
+All of them can be captured: what changes between steps (committed length, accepted path) is read from the step record
+in device memory, which is also the one thing the host copies after a step.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from engine.kernels.nvrtc import Defines, load_kernel
+from engine.kernels.small_batch_linear import LoadKernel
+
+__all__ = [
+    "MAX_PATH", "StepRecord", "accept_greedy", "argmax_keys", "commit_path", "fill_tree", "new_record", "rms_norm",
+    "rotary_angles", "rotate_and_split", "top_k",
+]  # fmt: skip
+
+SOURCE = "fused_ops.cuh"
+MAX_PATH = 16
+LENGTH, OLD_LENGTH, NUM_ACCEPTED, BONUS, PATH = 0, 1, 2, 3, 4
+PATH_TOKENS = PATH + MAX_PATH
+RECORD_SIZE = PATH_TOKENS + MAX_PATH
+ARGMAX_CHUNK = 8192
+
+
+class StepRecord:
+    """The host's view of a copied step record, int32 [36]."""
+
+    def __init__(self, numbers: Tensor) -> None:
+        self.numbers = numbers.tolist()
+
+    @property
+    def length(self) -> int:
+        return self.numbers[LENGTH]
+
+    @property
+    def num_accepted(self) -> int:
+        return self.numbers[NUM_ACCEPTED]
+
+    @property
+    def bonus(self) -> int:
+        return self.numbers[BONUS]
+
+    @property
+    def path(self) -> list[int]:
+        """Accepted nodes, the root first."""
+        return self.numbers[PATH : PATH + self.num_accepted + 1]
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of the accepted nodes, the root first."""
+        return self.numbers[PATH_TOKENS : PATH_TOKENS + self.num_accepted + 1]
+
+
+def new_record(device: torch.device | str, length: int = 0) -> Tensor:
+    """Make a step record, int32 [36], with `length` committed rows."""
+    record = torch.zeros(RECORD_SIZE, dtype=torch.int32, device=device)
+    record[LENGTH] = length
+    return record
+
+
+def rms_norm(
+    x: Tensor, weight: Tensor, eps: float, *, out: Tensor | None = None, load: LoadKernel = load_kernel
+) -> Tensor:
+    """x / rms(x) * weight by rows, [rows, width]; width a multiple of 8, at most 16384."""
+    rows, width = x.shape
+    assert x.is_contiguous() and width % 8 == 0 and width <= 16384, f"rows of {width}"
+    out = torch.empty_like(x) if out is None else out
+    load(SOURCE, "rms_norm", _defines(x.dtype))((rows,), 256, [x, weight, out, width, eps])
+    return out
+
+
+def rotary_angles(theta: float, head_dim: int, positions: int) -> Tensor:
+    """Return (cos, sin), float32 [positions, head_dim / 2, 2]."""
+    inverse = theta ** -(torch.arange(0, head_dim, 2, dtype=torch.float64) / head_dim)
+    angles = torch.outer(torch.arange(positions, dtype=torch.float64), inverse)
+    return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
+
+
+def rotate_and_split(
+    qkv: Tensor,
+    angles: Tensor,
+    record: Tensor,
+    depth: Tensor,
+    query: Tensor,
+    scratch_keys: Tensor,
+    scratch_values: Tensor,
+    *,
+    load: LoadKernel = load_kernel,
+) -> None:
+    """Rotate queries and keys at their positions (length + depth) and write queries and scratch rows.
+
+    qkv [nodes, (heads + 2 kv_heads) * head_dim]; query [nodes, heads, head_dim]; scratch [nodes, kv_heads, head_dim].
+    """
+    (nodes, heads, head_dim), kv_heads = query.shape, scratch_keys.shape[1]
+    kernel = load(SOURCE, "rotate_and_split", _defines(qkv.dtype))
+    arguments = [qkv, angles, record, depth, query, scratch_keys, scratch_values, nodes, heads, kv_heads, head_dim]
+    kernel((math.ceil(nodes * (heads + 2 * kv_heads) / 4),), 128, arguments)
+
+
+def argmax_keys(logits: Tensor, *, out: Tensor | None = None, load: LoadKernel = load_kernel) -> Tensor:
+    """Return the best of each chunk of each row as sortable numbers for `accept_greedy`: int64 [rows, chunks].
+
+    logits float32 [rows, vocab]. Among equals the smallest token wins.
+    """
+    rows, vocab = logits.shape
+    chunks = math.ceil(vocab / ARGMAX_CHUNK)
+    out = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device) if out is None else out
+    load(SOURCE, "argmax_chunks", _defines(torch.float16))((chunks, rows), 256, [logits, out, vocab])
+    return out
+
+
+def top_k(
+    logits: Tensor,
+    k: int,
+    token_map: Tensor | None = None,
+    *,
+    out: Tensor | None = None,
+    load: LoadKernel = load_kernel,
+) -> Tensor:
+    """Return the k best tokens of each row, best first: float32 [rows, vocab] -> int32 [rows, k].
+
+    The vocabulary has at most 131072 tokens; `token_map` int32 [vocab] turns draft ids into token ids.
+    """
+    rows, vocab = logits.shape
+    per_thread = 1 << max(2, math.ceil(math.log2(vocab / 1024)))
+    assert per_thread <= 128, f"{vocab} logits; top_k takes up to 131072"
+    out = torch.empty(rows, k, dtype=torch.int32, device=logits.device) if out is None else out
+    kernel = load(SOURCE, "top_k", (*_defines(torch.float16), ("PER_THREAD", per_thread)))
+    kernel((rows,), 1024, [logits, token_map, out, vocab, k])
+    return out
+
+
+def accept_greedy(
+    keys: Tensor, tokens: Tensor, parents: Tensor, record: Tensor, *, load: LoadKernel = load_kernel
+) -> None:
+    """Accept the longest path whose tokens are the target's argmax, fill the record and advance its length.
+
+    keys from `argmax_keys` [nodes, chunks]; tokens and parents int32 [nodes] of at most 64 nodes.
+    """
+    nodes, chunks = keys.shape
+    assert nodes <= 64, f"{nodes} nodes; a tree has at most 64 with its root here"
+    load(SOURCE, "accept_greedy", _defines(torch.float16))((1,), 64, [keys, tokens, parents, record, nodes, chunks])
+
+
+def commit_path(
+    scratch_keys: Tensor,
+    scratch_values: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    record: Tensor,
+    *,
+    load: LoadKernel = load_kernel,
+) -> None:
+    """Copy the accepted path's scratch rows behind the committed rows of every layer.
+
+    scratch [layers, nodes, kv_heads, head_dim] -> cache [layers, kv_heads, capacity, head_dim].
+    """
+    layers, nodes, kv_heads, head_dim = scratch_keys.shape
+    kernel = load(SOURCE, "commit_path", _defines(torch.float16))
+    arguments = [scratch_keys, scratch_values, keys, values, record, nodes, kv_heads, keys.shape[2]]
+    kernel((layers * kv_heads, MAX_PATH), head_dim // 8, arguments)
+
+
+def fill_tree(
+    guesses: Tensor, depth: Tensor, rank: Tensor, record: Tensor, tokens: Tensor, *, load: LoadKernel = load_kernel
+) -> None:
+    """Write the next tree's tokens [nodes]: the bonus token, then guesses int32 [heads, k] by depth and rank."""
+    kernel = load(SOURCE, "fill_tree", _defines(torch.float16))
+    kernel((1,), 64, [guesses, depth, rank, record, tokens, len(tokens), guesses.shape[1]])
+
+
+def _defines(dtype: torch.dtype) -> Defines:
+    return (("BF16", int(dtype == torch.bfloat16)),)

@@ -1,0 +1,289 @@
+"""The CUDA kernels against float64, on a CPU through the emulator (where g++ is) and on a GPU where there is one.
+
+What is compared for equality of bits holds on both: a row's result must not depend on the rows beside it, on how the
+work is cut, or on which of a token's keys are committed.
+"""
+
+import pytest
+import torch
+from cuda_emulator import COMPILER, load_emulated
+
+from engine.kernels import fused_ops, nvrtc, reference
+from engine.kernels import small_batch_linear as small
+from engine.kernels.dense_linear import pack_dense
+from engine.kernels.int8_linear import Int8Weight, pack_int8
+from engine.kernels.nf4_linear import NF4_VALUES, Nf4Weight, code_tables, pack_nf4
+from engine.kernels.small_batch_linear import Decode, LinearConfig, PackedLinear, Workspace, run_linear
+from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace, ancestor_table, tree_attention
+from engine.tree import CandidateTree
+
+DTYPES = [torch.bfloat16, torch.float16]
+TOLERANCE = {torch.bfloat16: 3e-3, torch.float16: 4e-4}
+TREE = CandidateTree.from_choices([(0,), (1,), (2,), (0, 0), (0, 1), (1, 0), (0, 0, 0), (0, 0, 1), (0, 0, 0, 0)])
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("cpu", marks=pytest.mark.skipif(COMPILER is None, reason="the emulator is built with g++")),
+        pytest.param("cuda", marks=pytest.mark.gpu),
+    ]
+)
+def machine(request):
+    """A device and the way to load a kernel for it."""
+    if request.param == "cpu":
+        return torch.device("cpu"), load_emulated
+    if not nvrtc.is_available():
+        pytest.skip("no CUDA device with the run-time compiler")
+    return torch.device("cuda"), nvrtc.load_kernel
+
+
+def random(*shape, dtype, device, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed)).to(device, dtype)
+
+
+def error(out, want):
+    return float((out.double().cpu() - want.cpu()).norm() / want.norm())
+
+
+def random_nf4(n, k, device, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    codes = torch.randint(0, 256, (n, k // 2), dtype=torch.uint8, generator=generator)
+    return Nf4Weight(codes.to(device), (torch.rand(n, k // 64, generator=generator) + 0.5).to(device))
+
+
+def packed(kind, n, k, dtype, device) -> tuple[PackedLinear, torch.Tensor, list[int]]:
+    """A packed matrix, its values, and the ways to decode it."""
+    if kind == "nf4":
+        weight = random_nf4(n, k, device)
+        return pack_nf4([weight], dtype), weight.dequantize(), [Decode.NF4_TABLE, Decode.NF4_PERMUTE]
+    values = random(n, k, dtype=dtype, device=device, seed=1)
+    if kind == "int8":
+        weight = Int8Weight.from_dense(values)
+        return pack_int8([weight], dtype), weight.dequantize(), [Decode.INT8]
+    return pack_dense(values), values, [Decode.DENSE]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+@pytest.mark.parametrize(("n", "k", "tokens"), [(16, 64, 1), (80, 704, 13), (48, 1088, 33)])
+def test_linear_is_close_to_float64_and_the_same_for_every_cut(machine, dtype, kind, n, k, tokens):
+    device, load = machine
+    weight, values, decodes = packed(kind, n, k, dtype, device)
+    x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
+    tiles = small.token_tiles_for(tokens)
+    cuts = [(tiles, 1, 1, 8, 1), (tiles, 2, 2, 2, 2), (tiles, 1, 4, 1, 4)]
+    results = []
+    for config in (LinearConfig(decode, *cut) for decode in decodes for cut in cuts):
+        out = torch.full((tokens, n), torch.nan, dtype=dtype, device=device)
+        results.append(run_linear(x, weight, config, workspace, out=out, load=load))
+    assert error(results[0], reference.linear(x, values)) < TOLERANCE[dtype]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    assert int(workspace.counters.abs().max()) == 0
+
+
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+def test_a_row_does_not_depend_on_the_rows_beside_it(machine, kind):
+    device, load = machine
+    weight, _, decodes = packed(kind, 32, 320, torch.bfloat16, device)
+    x, workspace = random(64, 320, dtype=torch.bfloat16, device=device), Workspace(device)
+    run = [
+        run_linear(x[i : i + 1], weight, LinearConfig(decodes[0], 1, 1, 1, 8, 2), workspace, load=load)
+        for i in range(64)
+    ]
+    alone = torch.cat(run)
+    for tokens in (2, 8, 9, 31, 64):
+        config = LinearConfig(decodes[0], small.token_tiles_for(tokens), 2, 1, 4, 1)
+        assert torch.equal(run_linear(x[:tokens], weight, config, workspace, load=load), alone[:tokens])
+
+
+def test_garbage_in_one_row_stays_there(machine):
+    device, load = machine
+    weight, _, _ = packed("nf4", 32, 128, torch.bfloat16, device)
+    x, workspace = random(5, 128, dtype=torch.bfloat16, device=device), Workspace(device)
+    config = LinearConfig(Decode.NF4_TABLE, 1, 1, 1, 8, 1)
+    clean = run_linear(x, weight, config, workspace, load=load)
+    x[2] = torch.nan
+    dirty = run_linear(x, weight, config, workspace, load=load)
+    keep = [0, 1, 3, 4]
+    assert torch.equal(clean[keep], dirty[keep]) and dirty[2].isnan().all()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_linear_epilogues(machine, dtype):
+    device, load = machine
+    gate, up = random_nf4(48, 192, device, 1), random_nf4(48, 192, device, 2)
+    x, workspace = random(9, 192, dtype=dtype, device=device) * 0.2, Workspace(device)
+    config = LinearConfig(Decode.NF4_PERMUTE, 2, 1, 2, 4, 1)
+    out = run_linear(x, pack_nf4([gate, up], dtype, gate_up=True), config, workspace, load=load)
+    assert error(out, reference.swiglu(x, gate.dequantize(), up.dequantize())) < TOLERANCE[dtype]
+    weight, residual = pack_nf4([gate, up], dtype), random(9, 96, dtype=dtype, device=device, seed=3)
+    want = reference.linear(x, torch.cat([gate.dequantize(), up.dequantize()]))
+    out = run_linear(x, weight, config, workspace, residual=residual, load=load)
+    assert error(out, want + residual.double()) < TOLERANCE[dtype]
+    logits = torch.empty(9, 96, dtype=torch.float32, device=device)
+    assert error(run_linear(x, weight, config, workspace, out=logits, load=load), want) < TOLERANCE[dtype] / 1.5
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_nf4_tables_hold_every_code(dtype):
+    order, pairs, _ = code_tables(dtype)
+    assert sorted(order) == list(range(16))
+    low = torch.tensor([pair & 0xFFFF for pair in pairs[:16]]).to(torch.int16)  # high nibble 0
+    first = low.view(dtype).double()
+    high = torch.tensor([pair >> 16 for pair in pairs[:16]], dtype=torch.int32).to(torch.int16).view(dtype).double()
+    values = torch.tensor(NF4_VALUES, dtype=torch.float64)[list(order)]
+    assert (first == first[0]).all()
+    factor = high.abs().max()
+    assert ((high / factor - values).abs() < 2**-8).all()
+
+
+def test_nf4_dequantizes_as_bitsandbytes_does():
+    functional = pytest.importorskip("bitsandbytes.functional")
+    values = random(32, 512, dtype=torch.float32, device="cpu")
+    for nested in (False, True):
+        data, state = functional.quantize_4bit(values, blocksize=64, compress_statistics=nested, quant_type="nf4")
+        want = functional.dequantize_4bit(data, state)
+        torch.testing.assert_close(Nf4Weight.from_bitsandbytes(data, state).dequantize(), want, rtol=1e-5, atol=1e-6)
+
+
+def attention_case(dtype, device, shape, capacity, seed=0):
+    make = [(shape.num_kv_heads, capacity, shape.head_dim)] * 2
+    return [random(*size, dtype=dtype, device=device, seed=seed + i) for i, size in enumerate(make)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "kv_heads", "head_dim"), [(2, 2, 128), (6, 2, 64)])
+@pytest.mark.parametrize("length", [0, 1, 15, 16, 17, 140, 300])
+def test_tree_attention_is_close_to_float64(machine, dtype, heads, kv_heads, head_dim, length):
+    device, load = machine
+    shape = AttentionShape(heads, kv_heads, head_dim, dtype)
+    keys, values = attention_case(dtype, device, shape, 384)
+    values[:, length:] = torch.nan  # memory past the committed rows may hold anything
+    nodes = TREE.num_nodes
+    query = random(nodes, heads, head_dim, dtype=dtype, device=device, seed=5) * 2
+    scratch = [random(nodes, kv_heads, head_dim, dtype=dtype, device=device, seed=s) for s in (6, 7)]
+    out = tree_attention(
+        query, keys, values, *scratch, torch.tensor([length], dtype=torch.int32, device=device),
+        TREE.depth.int().to(device), ancestor_table(TREE.ancestors, TREE.depth).to(device), shape,
+        AttentionWorkspace(shape, nodes, 384, device), max_context=384, load=load,
+    )  # fmt: skip
+    want = reference.tree_attention(query, keys, values, *scratch, length, TREE.ancestors.to(device))
+    assert error(out, want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("length", [0, 3, 17, 130])
+def test_attention_of_a_token_is_the_same_from_scratch_and_committed(machine, length):
+    """Every node of the tree, against plain decoding of its path one token at a time."""
+    device, load = machine
+    shape = AttentionShape(4, 2, 64, torch.bfloat16)
+    dtype = shape.dtype
+    keys, values = attention_case(dtype, device, shape, 256)
+    query = random(TREE.num_nodes, 4, 64, dtype=dtype, device=device, seed=5)
+    scratch = [random(TREE.num_nodes, 2, 64, dtype=dtype, device=device, seed=s) for s in (6, 7)]
+    workspace = AttentionWorkspace(shape, TREE.num_nodes, 256, device)
+
+    def attend(nodes, cache, committed, tree):
+        return tree_attention(
+            query[nodes].contiguous(), *cache, *(s[nodes].contiguous() for s in scratch),
+            torch.tensor([committed], dtype=torch.int32, device=device), tree.depth.int().to(device),
+            ancestor_table(tree.ancestors, tree.depth).to(device), shape, workspace, max_context=256, load=load,
+        )  # fmt: skip
+
+    together = attend(list(range(TREE.num_nodes)), (keys, values), length, TREE)
+    for node in (0, 3, 9):
+        cache = keys.clone(), values.clone()
+        for depth, step in enumerate(TREE.path_to(node)):
+            alone = attend([step], cache, length + depth, CandidateTree(()))
+            assert torch.equal(alone[0], together[step])
+            for rows, new in zip(cache, scratch, strict=True):
+                rows[:, length + depth] = new[step]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("rows", "width"), [(1, 64), (5, 576), (3, 4096)])
+def test_rms_norm(machine, dtype, rows, width):
+    device, load = machine
+    x, weight = (random(*size, dtype=dtype, device=device, seed=s) for s, size in ((0, (rows, width)), (1, (width,))))
+    out = fused_ops.rms_norm(x, weight, 1e-5, load=load)
+    assert error(out, reference.rms_norm(x, weight, 1e-5)) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_rotate_and_split(machine, dtype):
+    device, load = machine
+    nodes, heads, kv_heads, head_dim = TREE.num_nodes, 3, 1, 64
+    angles = fused_ops.rotary_angles(1e4, head_dim, 64).to(device)
+    qkv = random(nodes, (heads + 2 * kv_heads) * head_dim, dtype=dtype, device=device)
+    outs = [torch.empty(nodes, count, head_dim, dtype=dtype, device=device) for count in (heads, kv_heads, kv_heads)]
+    record = fused_ops.new_record(device, 20)
+    fused_ops.rotate_and_split(qkv, angles, record, TREE.depth.int().to(device), *outs, load=load)
+    query, key, value = qkv.view(nodes, -1, head_dim).split((heads, kv_heads, kv_heads), dim=1)
+    turn = angles[20 + TREE.depth.to(device)].unsqueeze(1)
+    assert error(outs[0], reference.rotate(query, turn)) < TOLERANCE[dtype]
+    assert error(outs[1], reference.rotate(key, turn)) < TOLERANCE[dtype]
+    assert torch.equal(outs[2], value)
+
+
+def test_top_k_prefers_large_then_early(machine):
+    device, load = machine
+    logits = random(3, 5000, dtype=torch.float32, device=device)
+    logits[1, [7, 4000]] = 9.0
+    token_map = torch.arange(5000, dtype=torch.int32, device=device) * 3
+    out = fused_ops.top_k(logits, 6, token_map, load=load)
+    values = logits.gather(1, (out // 3).long())
+    assert torch.equal(values, logits.topk(6).values)
+    assert out[1, :2].tolist() == [21, 12000]
+
+
+def step(machine, targets, tokens, length=5, vocab=9000):
+    """Run argmax and acceptance over logits whose argmax are `targets`; return the record."""
+    device, load = machine
+    logits = random(len(targets), vocab, dtype=torch.float32, device=device)
+    logits[torch.arange(len(targets)), torch.tensor(targets)] = 20.0
+    record, parents = fused_ops.new_record(device, length), torch.tensor(TREE.parents, dtype=torch.int32, device=device)
+    tokens = torch.tensor(tokens, dtype=torch.int32, device=device)
+    fused_ops.accept_greedy(fused_ops.argmax_keys(logits, load=load), tokens, parents, record, load=load)
+    return fused_ops.StepRecord(record.cpu()), record
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_acceptance_follows_the_target(machine, seed):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = [torch.randint(0, 4, (), generator=generator).item() + 4 * node % 8 for node in range(TREE.num_nodes)]
+    targets = [tokens[TREE.children[n][0]] if TREE.children[n] else 8500 for n in range(TREE.num_nodes)]
+    stop = torch.randint(0, TREE.num_nodes, (), generator=generator).item()
+    targets[stop] = 8999
+    want = reference.accept_greedy(targets, tokens, list(TREE.parents))
+    record, _ = step(machine, targets, tokens)
+    assert record.path == want and record.tokens == [tokens[node] for node in want]
+    assert record.num_accepted == len(want) - 1 and record.length == 5 + len(want) and record.bonus == targets[want[-1]]
+
+
+def test_token_zero_is_accepted_only_as_a_guess(machine):
+    tokens = [11, 0, *range(20, 20 + TREE.num_nodes - 2)]
+    accepted, _ = step(machine, [0] * TREE.num_nodes, tokens)
+    assert accepted.path == [0, 1] and accepted.bonus == 0
+
+
+def test_commit_copies_the_path_of_every_layer(machine):
+    device, load = machine
+    nodes, layers, kv_heads, head_dim, capacity = TREE.num_nodes, 2, 3, 64, 24
+    targets = [0] * nodes
+    tokens = list(range(100, 100 + nodes))
+    for node in TREE.path_to(8)[:-1]:
+        targets[node] = tokens[next(i for i in TREE.path_to(8) if TREE.parents[i] == node)]
+    view, record = step(machine, targets, tokens)
+    assert view.path == TREE.path_to(8)
+    scratch = [random(layers, nodes, kv_heads, head_dim, dtype=torch.float16, device=device, seed=s) for s in (1, 2)]
+    cache = [torch.zeros(layers, kv_heads, capacity, head_dim, dtype=torch.float16, device=device) for _ in range(2)]
+    fused_ops.commit_path(*scratch, *cache, record, load=load)
+    for rows, new in zip(cache, scratch, strict=True):
+        want = torch.zeros_like(rows)
+        want[:, :, 5 : 5 + len(view.path)] = new[:, view.path].transpose(1, 2)
+        assert torch.equal(rows, want)
+    guesses = torch.arange(4 * 5, dtype=torch.int32, device=device).view(4, 5)
+    filled = torch.empty(nodes, dtype=torch.int32, device=device)
+    fused_ops.fill_tree(guesses, TREE.depth.int().to(device), TREE.rank.int().to(device), record, filled, load=load)
+    assert filled.tolist() == [view.bonus] + [
+        guesses[d - 1, r].item() for d, r in zip(TREE.depth[1:], TREE.rank[1:], strict=True)
+    ]
