@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from enum import Enum
 from pathlib import Path
 
-from app.setup_command import Progress, SetupError, run_command
+from app.setup_command import Progress, SetupError, duration, run_command
 
 __all__ = ["SetupError", "State", "base_python", "ensure", "hand_over", "inspect", "is_inside", "venv_python"]
 
@@ -162,8 +162,7 @@ def _set_up(root: Path, state: State, run: Callable[..., None], progress: Progre
         progress.done()
     shutil.rmtree(scratch, ignore_errors=True)
     write_stamp(root)
-    minutes, seconds = divmod(round(time.monotonic() - began), 60)
-    progress.say(f"Set-up finished in {minutes} min {seconds} s; the next start takes seconds.")
+    progress.say(f"Set-up finished in {duration(time.monotonic() - began)}; the next start takes seconds.")
 
 
 def _steps(root: Path, python: Path, make: bool, uv: bool) -> list[tuple[str, list[list[str | Path]]]]:

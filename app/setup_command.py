@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TextIO
 
-__all__ = ["Progress", "SetupError", "condense", "explain", "run_command"]
+__all__ = ["Progress", "SetupError", "condense", "duration", "explain", "run_command"]
 
 SECONDS_BETWEEN_LINES = 20  # where the moving line cannot be overwritten, such as in a CI log
 TAIL_LINES = 60
@@ -46,7 +46,7 @@ class Progress:
         self.say(phase)
 
     def done(self) -> None:
-        self.say(f"      done in {_duration(time.monotonic() - self._began)}")
+        self.say(f"      done in {duration(time.monotonic() - self._began)}")
 
     def tick(self, detail: str | None = None) -> None:
         """Show how long the phase has run, with the last known detail; cheap enough to call for every line."""
@@ -56,7 +56,7 @@ class Progress:
         if now - self._last_shown < (0.5 if changed else 1.0) * (1 if self._overwrites else SECONDS_BETWEEN_LINES):
             return
         self._last_shown = now
-        line = f"      {_duration(now - self._began)}  {self._detail}"
+        line = f"      {duration(now - self._began)}  {self._detail}"
         if self._overwrites:
             self._wipe()
             self._stream.write(line[:78])
@@ -201,6 +201,7 @@ def explain(output: str, log_path: Path) -> str:
     return f"The set-up failed ({reason}): see {log_path}, then try `python launcher.py --repair`."
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """Return whole seconds as a person says them: "43 s", "2 min 05 s"."""
     minutes, rest = divmod(int(seconds), 60)
     return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
