@@ -282,13 +282,15 @@ static int reserve(Decoder *d) {
         }
         d->work_floats = floats;
     }
-    return cache_reserve(&d->cache, d->length + d->num_nodes, !d->is_chain);
+    return cache_reserve(&d->cache, d->length + (d->is_chain ? d->num_nodes : 0), !d->is_chain);
 }
 
 int decoder_step(Decoder *d, const int32_t *tokens, const int32_t *parents, int rows, float *hidden) {
     d->num_nodes = 0;
-    if (rows < 1 || rows > MAX_ROWS || d->length + rows > d->config.max_positions) return STATUS_BAD_CALL;
-    if (!set_tree(d, parents, rows)) return STATUS_BAD_CALL;
+    if (rows < 1 || rows > MAX_ROWS || !set_tree(d, parents, rows)) return STATUS_BAD_CALL;
+    for (int row = 0; row < rows; row++)
+        if (d->length + d->depth[row] >= d->config.max_positions || tokens[row] < 0 || tokens[row] >= d->config.vocab)
+            return STATUS_BAD_CALL;
     d->num_nodes = rows;
     if (!reserve(d)) {
         d->num_nodes = 0;

@@ -1,0 +1,259 @@
+"""A Runner on the C kernels: the whole step of a Llama-family decoder in one call.
+
+Weights keep the codes and scales of their file; activations are rounded to int8 in blocks of 32, with exact integer
+sums. One code path runs plain decoding, trees and prompts, so a row has the same bits in all of them.
+"""
+
+import ctypes
+from collections.abc import Sequence
+from ctypes import POINTER, c_float, c_int, c_int32, c_size_t, c_void_p
+
+import torch
+from torch import Tensor
+
+from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights, rotary_tables
+from engine.block_weights import BLOCK, DenseWeight, Weight
+from engine.errors import ContextLengthError, OutOfMemoryError
+from engine.kernels.cpu_build import CpuKernelsUnavailableError
+from engine.kernels.cpu_native import (
+    MAX_ROWS,
+    NativeArena,
+    NativeLinear,
+    NativeMatrix,
+    NativeThreads,
+    pointer,
+    release_with,
+    to_q8,
+)
+from engine.tree import CandidateTree
+
+__all__ = ["NativeRunner"]
+
+_PREFILL_ROWS = 64  # whole chunks of the kernels' 16 rows
+_MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")
+_NO_MEMORY = 1
+
+
+class _Config(ctypes.Structure):
+    _fields_ = [
+        *((name, c_int32) for name in ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "vocab")),
+        ("max_positions", c_int32),
+        ("eps", c_float),
+    ]
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = [(name, c_void_p) for name in (*_MATRICES, "attention_norm", "mlp_norm")]
+
+
+_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+    "decoder_create": (c_void_p, [c_void_p, POINTER(_Config), POINTER(_Layer), *[c_void_p] * 4]),
+    "decoder_free": (None, [c_void_p]),
+    "decoder_bytes": (c_size_t, [c_void_p]),
+    "decoder_length": (c_int, [c_void_p]),
+    "decoder_step": (c_int, [c_void_p, c_void_p, c_void_p, c_int, c_void_p]),
+    "decoder_commit": (c_int, [c_void_p, c_void_p, c_int]),
+    "decoder_truncate": (c_int, [c_void_p, c_int]),
+    "decoder_rows": (None, [c_void_p, c_int, c_void_p, c_void_p]),
+}
+
+
+class NativeRunner:
+    """See `engine.runner.Runner`.
+
+    Raises CpuKernelsUnavailableError where the kernels cannot be built, or do not know the model's shape.
+    """
+
+    device = "cpu"
+
+    def __init__(
+        self, config: BackboneConfig, weights: BackboneWeights, *, source_format: str, threads: NativeThreads | None = None
+    ) -> None:
+        _check_shape(config)
+        self.config = config
+        self.threads = threads or NativeThreads()
+        self._library = self.threads.library
+        _declare(self._library)
+        self._weights = _PackedWeights(weights)
+        self.lm_head = NativeLinear(self.threads, self._weights.lm_head)
+        self.weights = f"{self._weights.label(source_format)} on {self.threads.path_name}, {_count(self.threads.count)}"
+        self._tables = [table.contiguous() for table in _half_tables(config)]
+        self._decoder = self._create()
+        self._num_nodes = 0
+        self._parents: dict[tuple[int, ...], Tensor] = {}
+
+    @property
+    def num_committed(self) -> int:
+        return self._library.decoder_length(self._decoder)
+
+    def prefill(self, tokens: Sequence[int]) -> Tensor:
+        """Run the prompt in chunks; each is a chain, committed whole."""
+        if not tokens:
+            raise ValueError("A prompt of no tokens has no last hidden state; pass one token or more.")
+        hidden = torch.empty(0)
+        for start in range(0, len(tokens), _PREFILL_ROWS):
+            piece = torch.tensor(tokens[start : start + _PREFILL_ROWS], dtype=torch.int32)
+            hidden = self._step(piece, None, depth=len(piece) - 1)
+            self.commit(range(len(piece)))
+        return hidden[-1].clone()
+
+    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+        if len(tokens) != tree.num_nodes:
+            raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
+        parents = self._parents.setdefault(tree.parents, torch.tensor(tree.parents, dtype=torch.int32))
+        return self._step(tokens.to(torch.int32), parents, tree.max_depth)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        return self.lm_head(hidden)
+
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """Return each row's most likely token, the lowest id among equals: [rows, hidden] -> int64 [rows]."""
+        return self.lm_head.argmax(hidden)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return token embeddings, int64 [...] -> float32 [..., hidden]."""
+        return self._weights.embedding.rows(tokens.reshape(-1)).view(*tokens.shape, -1)
+
+    def commit(self, path: Sequence[int]) -> None:
+        nodes = torch.tensor(path, dtype=torch.int32)
+        status = self._library.decoder_commit(self._decoder, nodes.data_ptr(), len(nodes))
+        if status == _NO_MEMORY:
+            raise OutOfMemoryError("The cache cannot grow; close other programs or start a shorter chat.")
+        if status:
+            raise ValueError(f"{list(path)} is not a path from the root of the last step's {self._num_nodes} nodes.")
+        self._num_nodes = 0
+
+    def truncate(self, length: int) -> None:
+        if self._library.decoder_truncate(self._decoder, length):
+            raise ValueError(f"Cannot truncate {self.num_committed} committed rows to {length}.")
+        self._num_nodes = 0
+
+    def memory_bytes(self) -> int:
+        tables = sum(table.numel() * table.element_size() for table in self._tables)
+        return self._weights.num_bytes + tables + self._library.decoder_bytes(self._decoder)
+
+    def committed_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return one layer's committed keys and values, float32 [kv_heads, length, head_dim] each."""
+        if not 0 <= layer < self.config.num_layers:
+            raise IndexError(f"Layer {layer} is not in 0..{self.config.num_layers - 1}.")
+        shape = (self.config.num_kv_heads, self.num_committed, self.config.head_dim)
+        keys, values = torch.empty(shape), torch.empty(shape)
+        self._library.decoder_rows(self._decoder, layer, keys.data_ptr(), values.data_ptr())
+        return keys, values
+
+    def _step(self, tokens: Tensor, parents: Tensor | None, depth: int) -> Tensor:
+        config, rows = self.config, len(tokens)
+        if not 1 <= rows <= MAX_ROWS:
+            raise ValueError(f"A step of {rows} rows; 1 to {MAX_ROWS} are possible.")
+        if self.num_committed + depth + 1 > config.max_positions:
+            raise ContextLengthError(
+                f"{self.num_committed} tokens and {depth + 1} more do not fit the model's {config.max_positions} positions."
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(f"Token {low if low < 0 else high} is not in 0..{config.vocab_size - 1}.")
+        hidden = torch.empty(rows, config.hidden_size)
+        tokens_at = pointer(tokens.contiguous(), torch.int32, (rows,))
+        parents_at = None if parents is None else pointer(parents, torch.int32, (rows,))
+        with self.threads.lock:
+            status = self._library.decoder_step(self._decoder, tokens_at, parents_at, rows, hidden.data_ptr())
+        if status == _NO_MEMORY:
+            raise OutOfMemoryError("The cache cannot grow; close other programs or start a shorter chat.")
+        assert status == 0, "every way to a bad call is checked above"
+        self._num_nodes = rows
+        return hidden
+
+    def _create(self) -> int:
+        config = self.config
+        shape = _Config(
+            config.hidden_size,
+            config.num_layers,
+            config.num_heads,
+            config.num_kv_heads,
+            config.head_dim,
+            config.intermediate_size,
+            config.vocab_size,
+            config.max_positions,
+            config.rms_norm_eps,
+        )
+        weights, half = self._weights, (config.max_positions, config.head_dim // 2)
+        handle = self._library.decoder_create(
+            self.threads.handle,
+            shape,
+            (_Layer * len(weights.layers))(*weights.layers),
+            pointer(weights.norm, torch.float32, (config.hidden_size,)),
+            weights.embedding.handle,
+            *(pointer(table, torch.float32, half) for table in self._tables),
+        )
+        if not handle:
+            raise OutOfMemoryError("There is no memory for the decoder's buffers; close other programs.")
+        release_with(self, self._library.decoder_free, handle)
+        return handle
+
+
+class _PackedWeights:
+    """A model's matrices in one arena, and its norms in float32."""
+
+    def __init__(self, weights: BackboneWeights) -> None:
+        self.is_rounded = False
+        layers = [[self._block(getattr(layer, name)) for name in _MATRICES] for layer in weights.layers]
+        embedding = self._block(weights.embedding)
+        is_tied = weights.lm_head is weights.embedding
+        lm_head = embedding if is_tied else self._block(weights.lm_head)
+        every = [*(matrix for layer in layers for matrix in layer), embedding, *([] if is_tied else [lm_head])]
+        self.arena = NativeArena(every)
+        self.embedding = NativeMatrix(self.arena, embedding)
+        self.lm_head = self.embedding if is_tied else NativeMatrix(self.arena, lm_head)
+        self.norm = weights.norm.float().contiguous()
+        self._norms: list[Tensor] = []
+        self.layers = [self._layer(packed, layer) for packed, layer in zip(layers, weights.layers, strict=True)]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.arena.num_bytes + 4 * sum(norm.numel() for norm in (self.norm, *self._norms))
+
+    def label(self, source_format: str) -> str:
+        return f"{source_format} rounded to int8" if self.is_rounded else source_format
+
+    def _block(self, weight: Weight) -> Weight:
+        if not isinstance(weight, DenseWeight):
+            return weight
+        self.is_rounded = True
+        return to_q8(weight)
+
+    def _layer(self, packed: list[Weight], layer: LayerWeights) -> _Layer:
+        norms = [norm.float().contiguous() for norm in (layer.attention_norm, layer.mlp_norm)]
+        self._norms += norms
+        handles = [NativeMatrix(self.arena, weight).handle for weight in packed]  # type: ignore[arg-type]
+        return _Layer(*handles, *(norm.data_ptr() for norm in norms))
+
+
+def _check_shape(config: BackboneConfig) -> None:
+    """Raise CpuKernelsUnavailableError for what the kernels do not cover."""
+    sizes = {
+        "hidden size": config.hidden_size,
+        "head size": config.head_dim,
+        "intermediate size": config.intermediate_size,
+    }
+    for name, size in sizes.items():
+        if size % BLOCK:
+            raise CpuKernelsUnavailableError(f"The C kernels need a {name} in blocks of {BLOCK}; this model's is {size}.")
+    if config.head_dim > 256:
+        raise CpuKernelsUnavailableError(f"The C kernels take heads of up to 256; this model's are {config.head_dim}.")
+
+
+def _half_tables(config: BackboneConfig) -> tuple[Tensor, Tensor]:
+    """Cosines and sines of each pair, [positions, head_dim / 2]; the tables' first half holds negated sines."""
+    cos, sin = rotary_tables(config, torch.float32)
+    half = config.head_dim // 2
+    return cos[:, :half], sin[:, half:]
+
+
+def _declare(library: ctypes.CDLL) -> None:
+    for name, (result, arguments) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.restype, function.argtypes = result, arguments
+
+
+def _count(threads: int) -> str:
+    return "1 thread" if threads == 1 else f"{threads} threads"
