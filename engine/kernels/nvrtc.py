@@ -22,7 +22,7 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
-__all__ = ["Kernel", "KernelCompileError", "compile_source", "is_available", "load_kernel"]
+__all__ = ["Kernel", "KernelCompileError", "compile_source", "is_available", "load_kernel", "shared_memory_limit"]
 
 SOURCES = Path(__file__).parent / "cuda"
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
@@ -95,7 +95,7 @@ def load_kernel(source: str, name: str, defines: Defines = (), shared_bytes: int
     module, function = ctypes.c_void_p(), ctypes.c_void_p()
     _check(_driver().cuModuleLoadData(ctypes.byref(module), code), f"load {source}")
     _check(_driver().cuModuleGetFunction(ctypes.byref(function), module, name.encode()), f"find {name}")
-    if shared_bytes > 48 * 1024:
+    if shared_bytes:  # the default allows 48 KB together with what the kernel declares itself
         result = _driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared_bytes)
         _check(result, f"give {name} {shared_bytes} bytes of shared memory")
     return Kernel(function, name, overlaps=capability >= (9, 0))
@@ -110,6 +110,13 @@ def is_available() -> bool:
     except (OSError, KernelCompileError):
         return False
     return True
+
+
+def shared_memory_limit() -> int:
+    """Shared memory that a thread block may have on the current device, in bytes; an H100's without a device."""
+    if not torch.cuda.is_available():
+        return 227 * 1024
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
 def compile_source(source: str, defines: Defines, architecture: int) -> bytes:

@@ -6,18 +6,17 @@ any number of rows beside it (see cuda/linear.cuh), so tuning is free to pick on
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.kernels.nvrtc import Kernel, load_kernel
+from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 
 __all__ = ["MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear"]
 
 MAX_TOKENS = 64
 SLICES = 8  # of K, in the kernel's fixed summation order
-MAX_SHARED_BYTES = 227 * 1024
 PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32 = 0, 1, 2, 3
 LoadKernel = Callable[..., Kernel]
 
@@ -63,7 +62,7 @@ class LinearConfig:
         exchange = self.threads * 16 * self.row_tiles * self.token_tiles
         return max(min(chunks, 2) * stage, exchange if self.slice_warps > 1 else 0)
 
-    def fits(self, k: int, limit: int = MAX_SHARED_BYTES) -> bool:
+    def fits(self, k: int, limit: int) -> bool:
         """Say whether a multiprocessor's shared memory holds it, with the table."""
         table = 32 * 1024 if self.decode == Decode.NF4_TABLE else 0
         return self.threads <= 1024 and self.min_blocks * (self.shared_bytes(k) + table + 1040) <= limit
@@ -115,16 +114,18 @@ class Workspace:
 
 
 def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
-    """Pick a configuration that fills a large GPU; `tune_nf4` replaces it by a measured one."""
-    token_tiles = token_tiles_for(tokens)
-    if token_tiles == 1:
-        config = LinearConfig(decode, 1, 1, 1, 8, 4, 2)
+    """Pick a configuration that suits a large GPU and fits this one; `tune_nf4` replaces it by a measured one."""
+    tiles = token_tiles_for(tokens)
+    if tiles == 1:
+        cuts = [(1, 1, 8, 4, 2), (1, 1, 8, 2, 1)]
     elif n <= 2048:
-        config = LinearConfig(decode, token_tiles, 1, 1, 8, 2 if token_tiles == 4 else 1)
-        config = config if token_tiles < 4 else LinearConfig(decode, token_tiles, 1, 1, 8, 1)
+        cuts = [(1, 1, 8, 2 if tiles == 2 else 1, 1)]
     else:
-        config = LinearConfig(decode, token_tiles, 2, 4, 2, 4 if token_tiles < 8 else 2)
-    return config
+        cuts = [(2, 4, 2, 4 if tiles < 8 else 2, 1)]
+    built = [LinearConfig(decode, tiles, *cut) for cut in (*cuts, (1, 4, 1, 2, 1))]
+    limit = shared_memory_limit()
+    permute = Decode.NF4_PERMUTE if decode == Decode.NF4_TABLE else decode  # needs no table in shared memory
+    return next((config for config in built if config.fits(k, limit)), replace(built[-1], decode=permute))
 
 
 def token_tiles_for(tokens: int) -> int:

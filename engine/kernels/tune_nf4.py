@@ -1,0 +1,143 @@
+"""Measure which configuration of the linear is fastest on this GPU, per matrix and number of tokens, and remember it.
+
+Every candidate gives the same bits, so a choice made on one machine, or made anew, changes no text.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch import Tensor
+
+from engine.kernels.nvrtc import cache_folder, shared_memory_limit
+from engine.kernels.small_batch_linear import (
+    Decode,
+    LinearConfig,
+    PackedLinear,
+    Workspace,
+    default_config,
+    run_linear,
+    token_tiles_for,
+)
+
+__all__ = ["candidates", "choose_config", "time_graph", "tune"]
+
+# (row_tiles, row_warps, slice_warps, depth, min_blocks) by token tiles
+CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
+    1: [
+        *((1, 1, 8, 4, 2), (1, 1, 8, 4, 3), (1, 1, 8, 4, 4), (1, 1, 8, 8, 2), (2, 1, 8, 2, 2), (2, 1, 8, 4, 1)),
+        *((2, 1, 8, 4, 2), (1, 2, 4, 4, 2), (1, 2, 4, 4, 4), (2, 2, 4, 4, 1), (2, 2, 4, 4, 2), (1, 4, 2, 4, 2)),
+        *((2, 4, 2, 4, 2), (2, 4, 2, 2, 2), (1, 2, 8, 4, 1), (1, 2, 8, 2, 2)),
+    ],
+    2: [
+        *((1, 1, 8, 2, 2), (1, 1, 8, 4, 1), (2, 1, 8, 2, 1), (2, 1, 8, 2, 2), (1, 2, 4, 4, 2), (2, 2, 4, 4, 1)),
+        *((2, 2, 4, 2, 2), (2, 2, 4, 4, 2), (2, 4, 2, 4, 1), (2, 4, 2, 4, 2), (1, 4, 2, 4, 2), (1, 2, 8, 2, 1)),
+    ],
+    4: [
+        *((2, 4, 2, 4, 1), (2, 4, 2, 2, 1), (2, 2, 4, 2, 1), (1, 4, 2, 4, 2), (1, 2, 4, 2, 2), (2, 2, 2, 4, 2)),
+        *((2, 4, 1, 4, 2), (1, 8, 1, 4, 2), (1, 8, 2, 2, 1), (1, 4, 4, 2, 1), (1, 1, 8, 1, 2), (2, 2, 4, 1, 1)),
+    ],
+    8: [
+        *((2, 4, 2, 2, 1), (1, 4, 2, 2, 1), (1, 8, 1, 4, 1), (1, 8, 2, 1, 1), (2, 4, 1, 4, 1), (1, 4, 2, 2, 2)),
+        *((1, 2, 4, 1, 1), (2, 2, 2, 2, 1), (1, 4, 4, 1, 1)),
+    ],
+}
+
+
+def candidates(decode: int, tokens: int, n: int, k: int) -> list[LinearConfig]:
+    """List the configurations worth trying for a matrix; NF4 in both ways of decoding."""
+    tiles = token_tiles_for(tokens)
+    decodes = [Decode.NF4_TABLE, Decode.NF4_PERMUTE] if decode == Decode.NF4_TABLE else [decode]
+    built = [LinearConfig(way, tiles, *cut) for way in decodes for cut in CUTS[tiles]]
+    limit = shared_memory_limit()
+    return [config for config in built if config.fits(k, limit) and config.block_rows <= max(16, n)]
+
+
+def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5) -> float:
+    """Return microseconds per launch: `launch(0..count-1)` captured once as a CUDA graph, median of replays."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for i in range(min(count, 2)):
+            launch(i)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for i in range(count):
+            launch(i)
+    graph.replay()
+    times = []
+    for _ in range(repeats):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end) * 1000 / count)
+    return median(times)
+
+
+def copies(weight: PackedLinear, at_least_bytes: int = 120 << 20) -> list[PackedLinear]:
+    """Repeat a matrix so that a round over the copies finds none of it in the GPU's cache."""
+    count = min(64, 1 + at_least_bytes // weight.num_bytes)
+    scales = weight.scales
+    return [
+        replace(weight, weights=weight.weights.clone(), scales=None if scales is None else scales.clone())
+        for _ in range(count)
+    ]
+
+
+def tune(
+    weight: PackedLinear, tokens: int, workspace: Workspace, *, tries: Sequence[LinearConfig] | None = None
+) -> list[tuple[float, LinearConfig]]:
+    """Time candidate configurations on this matrix: (microseconds, config), fastest first."""
+    x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
+    rounds = copies(weight)
+    out = run_linear(x, weight, default_config(weight.n, weight.k, tokens, weight.decode), workspace)
+    tries = candidates(weight.decode, tokens, weight.n, weight.k) if tries is None else tries
+    workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
+    timed = [(_time_config(x, rounds, config, workspace, out), config) for config in tries]
+    return sorted(timed, key=lambda pair: pair[0])
+
+
+def _time_config(
+    x: Tensor, rounds: list[PackedLinear], config: LinearConfig, workspace: Workspace, out: Tensor
+) -> float:
+    def launch(i: int) -> Tensor:
+        return run_linear(x, rounds[i % len(rounds)], config, workspace, out=out)
+
+    return time_graph(launch, max(len(rounds), 24), repeats=3)
+
+
+def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
+    """Return the fastest known configuration for this GPU, measuring it where nobody has yet."""
+    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{token_tiles_for(tokens)}"
+    table = _table()
+    if key not in table:
+        table[key] = tune(weight, 8 * token_tiles_for(tokens), workspace)[0][1].to_dict()
+        _save(table)
+    return LinearConfig(**table[key])
+
+
+@cache
+def _table() -> dict[str, dict[str, int]]:
+    path = _path()
+    return json.loads(path.read_text()) if path.is_file() else {}
+
+
+def _save(table: dict[str, dict[str, int]]) -> None:
+    path = _path()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(table, indent=1))
+    except OSError:
+        return  # measured again next time
+
+
+def _path() -> Path:
+    name = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
+    return cache_folder() / f"linear-{name}-v1.json"
