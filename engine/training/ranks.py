@@ -7,10 +7,11 @@ decoding is needed. Heads that see drafted tokens are given the true ones, which
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.heads import MedusaHeads, seen_embeddings
-from engine.training.states import StateCache
+from engine.heads import MedusaHeads
+from engine.training.dataset import HiddenCache
+from engine.training.medusa1 import Vocabulary
 
 __all__ = ["MISSED", "AnswerRanks", "measure_ranks"]
 
@@ -43,60 +44,31 @@ class AnswerRanks:
 
 @torch.no_grad()
 def measure_ranks(
-    heads: MedusaHeads, cache: StateCache, embedding: Tensor, output: Tensor, chunk: int = 8192
+    heads: MedusaHeads, cache: HiddenCache, vocabulary: Vocabulary, chunk: int = 8192
 ) -> AnswerRanks:
-    """Return the ranks of the true tokens at all anchors of the cache.
-
-    embedding [vocab, hidden] and output [output_size, hidden] are the backbone's; `output` the draft vocabulary's rows.
-    """
+    """Return the ranks of the true tokens at all anchors of the cache."""
     anchors = cache.anchors()
     # An answer ends where the next anchor is not the next token.
     breaks = torch.ones_like(anchors)
     breaks[1:] = anchors[1:] != anchors[:-1] + 1
-    class_of = _class_of(heads, embedding)
-    rows = [_rank_chunk(heads, cache, embedding, output, class_of, part) for part in anchors.split(chunk)]
+    outputs = [vocabulary.output_of(heads, head).float() for head in range(heads.config.num_heads)]
+    rows = [_rank_chunk(heads, cache, vocabulary, outputs, part) for part in anchors.split(chunk)]
     ranks = torch.cat(rows) if rows else torch.empty(0, heads.config.num_heads, dtype=torch.uint8)
     return AnswerRanks(ranks.cpu(), (breaks.cumsum(0) - 1).cpu())
 
 
 def _rank_chunk(
-    heads: MedusaHeads, cache: StateCache, embedding: Tensor, output: Tensor, class_of: Tensor, anchors: Tensor
+    heads: MedusaHeads, cache: HiddenCache, vocabulary: Vocabulary, outputs: list[Tensor], anchors: Tensor
 ) -> Tensor:
-    hidden, last = cache.hidden[anchors], cache.num_tokens - 1
-    ranks = torch.full((anchors.numel(), heads.config.num_heads), MISSED, dtype=torch.uint8, device=anchors.device)
-    exists = torch.ones_like(anchors, dtype=torch.bool)
+    hidden, run = cache.hidden[anchors], cache.run[anchors + 1]
+    ranks = torch.empty(anchors.numel(), heads.config.num_heads, dtype=torch.uint8, device=anchors.device)
     for head in range(heads.config.num_heads):
-        target = anchors + 2 + head
-        place = target.clamp(max=last)
-        exists = exists & (target <= last) & cache.is_answer[place] & (cache.document[place] == cache.document[anchors])
-        seen = None
-        if heads.config.num_seen(head):
-            steps = torch.arange(1, heads.config.num_seen(head) + 1, device=anchors.device)
-            tokens = cache.tokens[(anchors.unsqueeze(1) + steps).clamp(max=last)]
-            seen = seen_embeddings(embedding[tokens])
-        with torch.autocast(anchors.device.type, dtype=torch.bfloat16):
+        seen = vocabulary.seen_by(heads, head, cache.tokens, anchors)
+        with torch.autocast(anchors.device.type, torch.bfloat16):
             features = heads.features(head, hidden, seen)
-        scores = heads.logits(head, features.float(), _Rows(output))
-        classes = class_of[cache.tokens[place]]
-        true = scores.gather(1, classes.clamp(min=0).unsqueeze(1))
+        scores = features.float() @ outputs[head].T  # in float32: scores that round to the same value would blur ranks
+        gold = vocabulary.place[cache.tokens[(anchors + head + 2).clamp(max=cache.num_tokens - 1)]]
+        true = scores.gather(1, gold.clamp(min=0).unsqueeze(1))
         rank = (scores > true).sum(dim=1).clamp(max=MISSED)
-        ranks[:, head] = torch.where(exists & (classes >= 0), rank, MISSED).to(torch.uint8)
+        ranks[:, head] = torch.where((run >= head + 2) & (gold >= 0), rank, MISSED).to(torch.uint8)
     return ranks
-
-
-class _Rows(nn.Module):
-    """Some rows of the backbone's `lm_head`, in float32: equal scores would blur ranks."""
-
-    def __init__(self, output: Tensor) -> None:
-        super().__init__()
-        self.output = output
-
-    def forward(self, features: Tensor) -> Tensor:
-        return features @ self.output.float().T
-
-
-def _class_of(heads: MedusaHeads, embedding: Tensor) -> Tensor:
-    ids = torch.arange(embedding.shape[0]) if heads.token_map is None else heads.token_map.cpu()
-    classes = torch.full((embedding.shape[0],), -1, dtype=torch.int64)
-    classes[ids] = torch.arange(ids.numel())
-    return classes.to(embedding.device)

@@ -1,0 +1,51 @@
+"""The state of a training run on disk, replaced as a whole, so that a killed run goes on where it last was."""
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from engine.errors import InvalidParameterError
+
+__all__ = ["load_checkpoint", "save_checkpoint"]
+
+
+def save_checkpoint(
+    path: Path,
+    module: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    step: int,
+    elapsed: float,
+    settings: Mapping[str, object],
+) -> None:
+    """Write weights, optimiser state, step count and seconds used; a kill leaves the old file or the new one."""
+    unfinished = path.with_name(path.name + ".part")
+    state = {
+        "module": module.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "step": step,
+        "elapsed": elapsed,
+        "settings": dict(settings),
+    }
+    torch.save(state, unfinished)
+    os.replace(unfinished, path)
+
+
+def load_checkpoint(
+    path: Path, module: nn.Module, optimizer: torch.optim.Optimizer, settings: Mapping[str, object]
+) -> tuple[int, float]:
+    """Restore weights and optimiser in place; return (step, seconds used).
+
+    Raises InvalidParameterError where the file belongs to a run with other settings.
+    """
+    state = torch.load(path, map_location="cpu", weights_only=True)
+    changed = sorted(name for name, value in settings.items() if state["settings"].get(name) != value)
+    if changed:
+        raise InvalidParameterError(
+            f"{path} belongs to a run with another {', '.join(changed)}; give the same settings or another --out."
+        )
+    module.load_state_dict(state["module"])
+    optimizer.load_state_dict(state["optimizer"])
+    return state["step"], state["elapsed"]
