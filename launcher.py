@@ -46,17 +46,17 @@ class Command(NamedTuple):
 
     module: str
     help: str
-    uses_model: bool = True  # adds --model, --device, --quantize and --data-dir
+    uses_model: bool = False  # adds --model, --device, --quantize and --data-dir
 
 
-START = Command("app.cli_app", "start the app and open it in the browser")
+START = Command("app.cli_app", "start the app and open it in the browser", uses_model=True)
 COMMANDS = {
-    "ask": Command("app.cli_ask", "answer prompts in the terminal, as text or as JSON"),
-    "test": Command("app.cli_test", "run the tests (what follows goes to pytest)", uses_model=False),
+    "ask": Command("app.cli_ask", "answer prompts in the terminal, as text or as JSON", uses_model=True),
+    "test": Command("app.cli_test", "run the tests (what follows goes to pytest)"),
 }
 
 
-def main(argv: list) -> int:
+def main(argv: list[str]) -> int:
     """Run the command that `argv` (without the program's name) asks for; return the exit code."""
     name = argv[0] if argv and not argv[0].startswith("-") else ""
     rest = argv[1:] if name else argv
@@ -77,7 +77,7 @@ def main(argv: list) -> int:
     return bootstrap.hand_over(bootstrap.venv_python(root), root, [word for word in argv if word != "--repair"])
 
 
-def parse(name: str, command: Command, rest: list) -> argparse.Namespace:
+def parse(name: str, command: Command, rest: list[str]) -> argparse.Namespace:
     """Parse a command's arguments; SystemExit with 0 after --help, with 2 and one sentence on bad input."""
     module = importlib.import_module(command.module)
     parser = options.Parser(
@@ -111,7 +111,7 @@ def refuse(name: str) -> int:
     return 2
 
 
-def guarded(argv: list) -> int:
+def guarded(argv: list[str]) -> int:
     """Run `main`; turn what a person can act on into one sentence and an exit code."""
     try:
         return main(argv)

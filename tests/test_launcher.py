@@ -210,6 +210,23 @@ def test_test_command_gives_pytest_its_arguments_inside_the_environment(ready: P
     assert ended.stdout.strip().endswith(str(Path("a folder with spaces", ".venv")))
 
 
+def test_command_outside_app_is_imported_inside_the_environment_alone(ready: Path, tmp_path: Path) -> None:
+    root = tmp_path / "copy"
+    shutil.copytree(ready, root, symlinks=True)
+    text = (root / "launcher.py").read_text(encoding="utf-8")
+    added = text.replace('    "ask": ', '    "heavy": Command("engine.cli_heavy", "do heavy work"),\n    "ask": ')
+    (root / "launcher.py").write_text(added, encoding="utf-8")
+    (root / "engine" / "cli_heavy.py").write_text(
+        "import sys\n"
+        "assert sys.prefix != sys.base_prefix\n"
+        "def add_arguments(parser): parser.add_argument('--steps', type=int)\n"
+        "def run(args): return args.steps\n"
+    )
+    assert launch(root, "heavy", "--steps", "9").returncode == 9
+    assert launch(root, "heavy", "--steps", "x").returncode == 2
+    assert "do heavy work" in launch(root, "--help").stdout
+
+
 def test_environment_s_own_python_goes_straight_on(ready: Path) -> None:
     command = [str(bootstrap.venv_python(ready)), str(ready / "launcher.py"), "--no-browser"]
     assert subprocess.run(command, capture_output=True, check=False).returncode == 7
