@@ -116,25 +116,20 @@ class BatchDecoder:
         """Write the placements' texts into their slots and let these run."""
         if not placements:
             return
-        fresh = [item for item in placements if item.start == 0]
-        size = max(item.start + len(item.tokens) for item in placements)
-        assert size < self.capacity, "a text longer than a slot"
+        assert all(item.start + len(item.tokens) < self.capacity for item in placements), "a text longer than a slot"
         slots = self._to_device([item.slot for item in placements])
-        columns = torch.arange(size, device=self.device)
-        starts = self._to_device([item.start for item in placements])
-        ends = self._to_device([item.start + len(item.tokens) for item in placements])
-        padded = [[0] * item.start + [*item.tokens] + [0] * size for item in placements]
-        written = torch.tensor([row[:size] for row in padded], dtype=torch.int32).to(self.device)
-        is_new = (columns >= starts.unsqueeze(1)) & (columns < ends.unsqueeze(1))
-        self.tokens[slots, :size] = torch.where(is_new, written, self.tokens[slots, :size])
+        rows = [item.slot for item in placements for _ in item.tokens]
+        columns = [item.start + offset for item in placements for offset in range(len(item.tokens))]
+        written = self._to_device([token for item in placements for token in item.tokens])
+        self.tokens[self._to_device(rows), self._to_device(columns)] = written.int()
         cached = [len(self.prefix) if self._starts_with_prefix(item) else 0 for item in placements]
         begin = [max(item.start - 1, skip) for item, skip in zip(placements, cached, strict=True)]
         self.position[slots] = self._to_device(begin)
-        self.known[slots] = ends
+        self.known[slots] = self._to_device([item.start + len(item.tokens) for item in placements])
         self.limit[slots] = self._to_device([min(item.limit, self.capacity) for item in placements])
-        self.temperature[slots] = torch.tensor([item.temperature for item in placements]).to(self.device)
+        self.temperature[slots] = self._to_device([item.temperature for item in placements], torch.float32)
         self.is_done[slots] = False
-        with_prefix = [item.slot for item in fresh if self._starts_with_prefix(item)]
+        with_prefix = [item.slot for item in placements if self._starts_with_prefix(item)]
         if with_prefix:
             self.cache[:, :, self._to_device(with_prefix), :, : len(self.prefix)] = self._prefix_rows.unsqueeze(2)
 
@@ -165,5 +160,7 @@ class BatchDecoder:
         self._prefix_rows = self.cache[:, :, 0, :, : len(prefix)].clone()
         self.is_done.fill_(True)
 
-    def _to_device(self, values: Sequence[int]) -> Tensor:
-        return torch.tensor(list(values), dtype=torch.int64).to(self.device)
+    def _to_device(self, values: Sequence[float], dtype: torch.dtype = torch.int64) -> Tensor:
+        """Copy behind the queued steps: only from pinned memory does that not wait for them."""
+        tensor = torch.tensor(list(values), dtype=dtype)
+        return tensor.pin_memory().to(self.device, non_blocking=True) if self.device.type == "cuda" else tensor

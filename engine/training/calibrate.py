@@ -20,6 +20,7 @@ from engine.tree import MAX_TREE_NODES, Choice
 
 __all__ = ["ESTIMATORS", "Calibration", "calibrate", "node_order", "tokens_per_step", "write_calibration"]
 
+NEVER = 1 << 20  # nodes needed where no tree would do
 Chance = Callable[[Choice], float]  # of a node's path being accepted
 
 
@@ -59,11 +60,11 @@ def conditional(ranks: np.ndarray) -> Chance:
 
 def joint(ranks: np.ndarray) -> Chance:
     """How often the whole path was right."""
-    counts: dict[Choice, int] = {}
-    for depth in range(1, ranks.shape[1] + 1):
-        paths, number = np.unique(ranks[:, :depth], axis=0, return_counts=True)
-        counts.update(zip((tuple(path) for path in paths.tolist()), number.tolist(), strict=True))
-    return lambda path: counts.get(path, 0) / max(1, len(ranks))
+    counts: dict[tuple[int, int], int] = {}
+    for depth, codes in enumerate(_path_codes(ranks).T, start=1):
+        paths, number = np.unique(codes, return_counts=True)
+        counts.update(zip(((depth, code) for code in paths.tolist()), number.tolist(), strict=True))
+    return lambda path: counts.get((len(path), _code(path)), 0) / max(1, len(ranks))
 
 
 ESTIMATORS: dict[str, Callable[[np.ndarray], Chance]] = {
@@ -148,14 +149,32 @@ def write_calibration(path: Path, calibration: Calibration, about: dict[str, obj
 
 def _nodes_needed(order: Sequence[Choice], ranks: np.ndarray) -> np.ndarray:
     """Return how large a tree must be to hold each anchor's true path to each depth, int64 [anchors, heads]."""
-    number = {node: place for place, node in enumerate(order, start=1)}
-    never = MAX_TREE_NODES * 16
-    need = np.full(ranks.shape, never, dtype=np.int64)
-    for depth in range(1, ranks.shape[1] + 1):
-        paths, inverse = np.unique(ranks[:, :depth], axis=0, return_inverse=True)
-        places = np.array([number.get(tuple(path), never) for path in paths.tolist()])
-        need[:, depth - 1] = places[inverse.reshape(-1)]
+    need = np.full(ranks.shape, NEVER, dtype=np.int64)
+    for depth, codes in enumerate(_path_codes(ranks).T, start=1):
+        nodes = sorted((_code(node), place) for place, node in enumerate(order, start=1) if len(node) == depth)
+        if not nodes:
+            continue
+        known, places = np.array(nodes).T
+        found = np.searchsorted(known, codes).clip(max=len(known) - 1)
+        need[:, depth - 1] = np.where(known[found] == codes, places[found], NEVER)
     return need
+
+
+def _path_codes(ranks: np.ndarray) -> np.ndarray:
+    """Number the path to each depth, int64 [anchors, heads]; a missed token anywhere is in the number too."""
+    codes = np.zeros(ranks.shape, dtype=np.int64)
+    so_far = np.zeros(len(ranks), dtype=np.int64)
+    for depth in range(ranks.shape[1]):
+        so_far = so_far * (MISSED + 1) + ranks[:, depth]
+        codes[:, depth] = so_far
+    return codes
+
+
+def _code(path: Choice) -> int:
+    code = 0
+    for rank in path:
+        code = code * (MISSED + 1) + rank
+    return code
 
 
 def _simulate(accepted: np.ndarray, measured: AnswerRanks) -> tuple[float, np.ndarray]:

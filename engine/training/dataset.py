@@ -14,9 +14,18 @@ from torch import Tensor
 
 from engine.errors import InvalidParameterError
 from engine.training.dense import TrainingModel, attend_causal
-from engine.training.shards import read_shards
+from engine.training.shards import Document, pack_documents, read_shards
 
-__all__ = ["HiddenCache", "TextSet", "build_cache", "count_runs", "load_text", "most_used_tokens", "split_text"]
+__all__ = [
+    "HiddenCache",
+    "TextSet",
+    "build_cache",
+    "count_runs",
+    "load_text",
+    "most_used_tokens",
+    "split_text",
+    "text_of",
+]
 
 MAX_RUN = 32
 
@@ -73,8 +82,12 @@ def load_text(folder: Path) -> TextSet:
     shards = list(read_shards(folder))
     if not shards:
         raise InvalidParameterError(f"{folder} holds no finished shard; let the distill command run longer.")
-    parts = {name: torch.cat([shard[name] for shard in shards]) for name in ("tokens", "labels", "lengths", "greedy")}
-    return TextSet(parts["tokens"], parts["labels"], parts["lengths"].long(), parts["greedy"].bool())
+    return _join(shards)
+
+
+def text_of(documents: Sequence[Document]) -> TextSet:
+    """Return documents that are not on disk as a set."""
+    return _join([pack_documents(documents)])
 
 
 def split_text(text: TextSet, held_back: int, seed: int = 0) -> tuple[TextSet, TextSet]:
@@ -124,6 +137,11 @@ def build_cache(
             reported = seconds
             report(f"hidden states of {offset:,} of {total:,} tokens, {offset / seconds:,.0f} tokens/s")
     return HiddenCache(hidden, tokens, count_runs(text.labels, text.lengths).to(device))
+
+
+def _join(shards: Sequence[dict[str, Tensor]]) -> TextSet:
+    parts = {name: torch.cat([shard[name] for shard in shards]) for name in ("tokens", "labels", "lengths", "greedy")}
+    return TextSet(parts["tokens"], parts["labels"], parts["lengths"].long(), parts["greedy"].bool())
 
 
 @torch.no_grad()

@@ -10,9 +10,9 @@ from dataclasses import dataclass
 
 from engine.training.batch_decoder import BatchDecoder, Placement, Snapshot
 from engine.training.dialogues import Dialogue, Script
-from engine.training.shards import ShardWriter
+from engine.training.shards import Document, ShardWriter
 
-__all__ = ["DistillGoal", "distill"]
+__all__ = ["DistillGoal", "answer_all", "distill"]
 
 POLL_STEPS = 8
 REPORT_SECONDS = 5.0
@@ -101,3 +101,17 @@ def distill(
             break
     floor.close(waiting, round_number - 1)
     writer.flush()
+
+
+def answer_all(decoder: BatchDecoder, script: Script) -> list[Document]:
+    """Answer all prompts given to `script` and return the conversations, in the order in which they ended."""
+    documents: list[Document] = []
+    script.keep = documents.append
+    floor = _Floor(decoder, script)
+    floor.open()
+    round_number = 0
+    while floor.dialogues:
+        decoder.run(POLL_STEPS)
+        floor.attend(decoder.snapshot(), round_number, round_number)
+        round_number += 1
+    return documents

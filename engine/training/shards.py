@@ -17,7 +17,7 @@ from torch import Tensor
 
 from engine.errors import InvalidParameterError
 
-__all__ = ["Document", "ShardWriter", "read_documents", "read_index"]
+__all__ = ["Document", "ShardWriter", "pack_documents", "read_documents", "read_index", "read_shards"]
 
 INDEX = "index.json"
 
@@ -80,7 +80,7 @@ class ShardWriter:
         if not self._pending:
             return
         name = f"shard-{self.num_shards:05d}.safetensors"
-        tensors = _pack(self._pending)
+        tensors = pack_documents(self._pending)
         unfinished = self.folder / (name + ".part")
         save_file(tensors, unfinished)
         os.replace(unfinished, self.folder / name)
@@ -126,7 +126,8 @@ def read_documents(folder: Path) -> Iterator[Document]:
             start = stop
 
 
-def _pack(documents: Sequence[Document]) -> dict[str, Tensor]:
+def pack_documents(documents: Sequence[Document]) -> dict[str, Tensor]:
+    """Return the tensors of one shard."""
     tokens = torch.tensor([token for document in documents for token in document.tokens], dtype=torch.int32)
     labels = torch.zeros(tokens.numel(), dtype=torch.uint8)
     base = 0
@@ -144,5 +145,6 @@ def _pack(documents: Sequence[Document]) -> dict[str, Tensor]:
 
 
 def _spans(labels: Sequence[int]) -> list[tuple[int, int]]:
-    edges = [at for at in range(len(labels) + 1) if (labels[at] if at < len(labels) else 0) != (labels[at - 1] if at else 0)]
+    bounded = [0, *labels, 0]
+    edges = [at for at in range(len(labels) + 1) if bounded[at] != bounded[at + 1]]
     return list(zip(edges[::2], edges[1::2], strict=True))

@@ -1,0 +1,366 @@
+"""Make data, train a table of head variants, calibrate and evaluate them on one GPU, each phase inside a time limit.
+
+    python -m engine.bench.train_heads distil --model M.gguf --data DIR --time-limit 560 --tokens 40000000
+    python -m engine.bench.train_heads train --model M.gguf --data DIR --work DIR --out DIR --time-limit 560
+
+Both phases go on where an earlier call stopped and save what they have when the time is up; the table comes last.
+"""
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import numpy as np
+import torch
+
+from engine.heads import HeadsConfig, MedusaHeads, parameter_count
+from engine.models.heads_file import load_heads, save_heads
+from engine.training import losses, ragged_attention, row_sampler
+from engine.training.batch_decoder import BatchDecoder
+from engine.training.calibrate import Calibration, calibrate, tokens_per_step, write_calibration
+from engine.training.chat_format import ChatFormat, read_chat_format
+from engine.training.dataset import (
+    HiddenCache,
+    TextSet,
+    build_cache,
+    load_text,
+    most_used_tokens,
+    split_text,
+)
+from engine.training.dense import TrainingModel, load_model
+from engine.training.dialogues import DialoguePlan, Script
+from engine.training.distill import DistillGoal, distill
+from engine.training.evaluate import greedy_answers
+from engine.training.filters import QueryFilter
+from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
+from engine.training.ranks import measure_ranks
+from engine.training.shards import ShardWriter, read_documents
+
+SIZES = (1, 2, 4, 8, 16, 32, 63)
+EVAL_PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
+PART_BYTES = 15 * 2**20
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One row of the table; `share` is its part of the training time."""
+
+    name: str
+    shape: dict[str, object]
+    share: float
+
+
+VARIANTS = (
+    Variant("path", {"num_layers": 2, "width": 2048, "sees": "path", "output": "truncated"}, 0.5),
+    Variant("root", {"num_layers": 2, "width": 2048, "sees": "root", "output": "truncated"}, 0.2),
+    Variant("hidden", {"num_layers": 2, "width": 2048, "sees": "hidden", "output": "truncated"}, 0.16),
+    Variant("paper", {"num_layers": 1, "width": None, "sees": "hidden", "output": "truncated"}, 0.14),
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    start = time.monotonic()
+
+    def report(line: str) -> None:
+        print(f"[{time.monotonic() - start:7.1f} s] {line}", file=sys.stderr, flush=True)
+
+    torch.set_float32_matmul_precision("highest")
+    model = load_model(args.model, args.device)
+    report(f"{model.name} loaded on {args.device}")
+    if args.device == "cuda":
+        check_kernels(report)
+    phase = run_distil if args.phase == "distil" else run_train
+    phase(args, model, read_chat_format(model.tokenizer), report, lambda: args.time_limit - (time.monotonic() - start))
+    return 0
+
+
+def check_kernels(report: Report) -> None:
+    """Compare each Triton kernel with plain torch here and now; one that fails is not used."""
+    checks = ((ragged_attention, _attention_agrees), (row_sampler, _choice_agrees), (losses, _loss_agrees))
+    for module, agrees in checks:
+        try:
+            ok = agrees()
+        except Exception as error:  # whatever a compiler on a new machine raises: the plain path still works
+            report(f"{module.__name__}: {type(error).__name__}: {error}")
+            ok = False
+        if not ok:
+            module.triton = None
+        report(f"{module.__name__}: {'Triton kernel agrees' if ok else 'plain torch is used'}")
+
+
+def _attention_agrees() -> bool:
+    query, key, value = (torch.randn(64, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (9, 3, 3))
+    cache = torch.randn(2, 64, 3, 200, 64, device="cuda", dtype=torch.bfloat16)
+    other, position = cache.clone(), torch.arange(64, device="cuda") * 3
+    out = ragged_attention.attend_rows_triton(query, key, value, cache[0], cache[1], position)
+    expected = ragged_attention.attend_rows_plain(query, key, value, other[0], other[1], position)
+    return torch.allclose(out.float(), expected.float(), atol=0.03, rtol=0.03) and torch.equal(cache, other)
+
+
+def _choice_agrees() -> bool:
+    scores = (torch.randn(64, 49152, device="cuda") * 4).bfloat16()
+    temperature = torch.tensor([0.0, 0.7] * 32, device="cuda")
+    chosen = row_sampler.choose_tokens_triton(scores, temperature, 0.05, torch.zeros(1, dtype=torch.int64, device="cuda"))
+    picked = scores.gather(1, chosen[:, None])[:, 0]
+    is_best = picked == scores.amax(1)
+    likely = picked.float() >= scores.amax(1).float() + 0.7 * np.log(0.05) - 0.01
+    return bool(is_best[::2].all() and likely.all() and not is_best[1::2].all())
+
+
+def _loss_agrees() -> bool:
+    scores, teacher = ((torch.randn(50, 16384, device="cuda") * 3).bfloat16() for _ in range(2))
+    rows = torch.arange(50, device="cuda").flip(0)
+    gold, weight = torch.arange(-1, 49, device="cuda"), torch.rand(50, device="cuda")
+    weight[7] = 0
+    other = scores.clone()
+    loss, rank = losses.row_loss_triton(scores, teacher, rows, gold, weight)
+    expected, expected_rank = losses.row_loss_plain(other, teacher, rows, gold, weight)
+    close = torch.allclose(scores.float(), other.float(), atol=1e-4, rtol=0.02)
+    used = weight > 0
+    return close and torch.allclose(loss, expected, rtol=1e-3, atol=1e-3) and torch.equal(rank[used], expected_rank[used])
+
+
+def run_distil(
+    args: argparse.Namespace, model: TrainingModel, chat: ChatFormat, report: Report, left: Callable[[], float]
+) -> None:
+    """Fill the data folder."""
+    writer = ShardWriter(args.data, {"model": model.name}, args.shard_tokens)
+    queries = QueryFilter(read_prompts())
+    if writer.num_shards:
+        remember_queries(args.data, queries, model, chat)
+    ends = sorted(model.tokenizer.end_token_ids)
+    decoder = BatchDecoder(model.backbone, args.slots, args.capacity, ends, chat.default_opening)
+    decoder.capture()
+    report(f"{args.slots} slots of {args.capacity} tokens, step captured")
+    plan = DialoguePlan(max_answer=args.max_answer)
+    script = Script(model.tokenizer, chat, plan, queries, args.capacity, Random(args.seed + writer.num_shards))
+    goal = DistillGoal(args.tokens, min(args.distil_seconds, left() - args.reserve))
+    distill(decoder, script, writer, goal, report)
+    if args.export is not None:
+        export_data(args.data, args.export, report)
+    totals = {name: sum(shard[name] for shard in writer.index["shards"]) for name in ("documents", "tokens", "labels")}
+    print(json.dumps({"data": totals, "rejected_turns": script.num_rejected}))
+
+
+def remember_queries(folder: Path, queries: QueryFilter, model: TrainingModel, chat: ChatFormat) -> None:
+    """Take the first queries of earlier runs as seen."""
+    opening = len(chat.default_opening)
+    for document in read_documents(folder):
+        stop = document.spans[0][0] - len(chat.to_answer) - 1
+        queries.remember(model.tokenizer.decode(document.tokens[opening:stop]))
+
+
+def read_prompts() -> list[str]:
+    """Return the evaluation prompts; data and calibration keep clear of them."""
+    return EVAL_PROMPTS.read_text().splitlines()
+
+
+def export_data(folder: Path, out: Path, report: Report, parts: int = 6) -> None:
+    """Pack the data small enough to be carried: ids in 16 bits, labels in one, deflated."""
+    out.mkdir(parents=True, exist_ok=True)
+    text = load_text(folder)
+    groups = torch.arange(text.num_documents).chunk(parts)
+
+    def pack(number: int) -> None:
+        group = text.select(groups[number])
+        np.savez_compressed(
+            out / f"data-{number}.npz",
+            tokens=group.tokens.numpy().astype(np.uint16),
+            labels=np.packbits(group.labels.numpy()),
+            lengths=group.lengths.numpy().astype(np.uint16),
+            greedy=group.greedy.numpy(),
+        )
+
+    with ThreadPoolExecutor(parts) as pool:
+        list(pool.map(pack, range(len(groups))))
+    report(f"exported {sum(file.stat().st_size for file in out.glob('data-*.npz')) / 2**20:.1f} MiB")
+
+
+def import_data(folder: Path) -> TextSet:
+    """Read what `export_data` wrote."""
+    parts = []
+    for file in sorted(folder.glob("data-*.npz")):
+        with np.load(file) as content:
+            tokens = torch.from_numpy(content["tokens"].astype(np.int32))
+            labels = torch.from_numpy(np.unpackbits(content["labels"], count=tokens.numel()))
+            lengths = torch.from_numpy(content["lengths"].astype(np.int64))
+            parts.append(TextSet(tokens, labels, lengths, torch.from_numpy(content["greedy"])))
+    fields = ("tokens", "labels", "lengths", "greedy")
+    return TextSet(*(torch.cat([getattr(part, name) for part in parts]) for name in fields))
+
+
+def run_train(
+    args: argparse.Namespace, model: TrainingModel, chat: ChatFormat, report: Report, left: Callable[[], float]
+) -> None:
+    """Train, calibrate and evaluate the variants."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    args.out.mkdir(parents=True, exist_ok=True)
+    text = import_data(args.data) if any(args.data.glob("data-*.npz")) else load_text(args.data)
+    train, held = split_text(text, min(args.held_back, text.num_documents // 10))
+    if train.num_tokens > args.max_tokens:
+        share = int(train.num_documents * args.max_tokens / train.num_tokens)
+        train = train.select(torch.arange(share))
+    vocab = model.backbone.config.vocab_size
+    token_map = most_used_tokens(train, min(args.draft_vocab, vocab), vocab)
+    vocabulary = Vocabulary(model, token_map)
+    report(f"{train.num_documents:,} documents, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
+    prompts = read_prompts()[: args.eval_prompts]
+    evaluated = build_cache(model, greedy_answers(model, chat, prompts, args.eval_tokens))
+    report(f"{len(prompts)} evaluation prompts answered greedily, {evaluated.num_tokens:,} tokens")
+    held_cache = build_cache(model, held)
+    cache = build_cache(model, train, report=report)
+    rows: list[dict[str, object]] = []
+    wanted = args.variants.split(",")
+    chosen = [variant for name in wanted for variant in VARIANTS if variant.name == name]
+    for place, variant in enumerate(chosen):
+        share = variant.share / sum(later.share for later in chosen[place:])
+        seconds = (left() - args.reserve) * share - args.evaluate_seconds
+        if seconds < 5:
+            report(f"no time left for {variant.name}")
+            break
+        heads, figures = train_variant(args, variant, vocabulary, cache, model, seconds, report)
+        rows.append(finish_variant(args, variant, heads, figures, vocabulary, held_cache, evaluated, model, report))
+        (args.out / "results.json").write_text(json.dumps(rows, indent=1))
+    carry(args, report)
+    print_table(rows)
+
+
+def train_variant(
+    args: argparse.Namespace,
+    variant: Variant,
+    vocabulary: Vocabulary,
+    cache: HiddenCache,
+    model: TrainingModel,
+    seconds: float,
+    report: Report,
+) -> tuple[MedusaHeads, dict[str, float]]:
+    """Train one variant for at most `seconds`."""
+    config = model.backbone.config
+    shape = HeadsConfig(
+        hidden_size=config.hidden_size,
+        vocab_size=config.vocab_size,
+        num_heads=args.heads,
+        draft_vocab=vocabulary.rows.shape[0],
+        **variant.shape,  # type: ignore[arg-type]
+    )
+    heads = build_heads(shape, vocabulary)
+    plan = TrainingPlan(epochs=args.epochs, seconds=seconds, learning_rate=args.learning_rate)
+    report(f"{variant.name}: {parameter_count(heads):,} parameters, {seconds:.0f} s")
+    checkpoint = args.work / f"{variant.name}.ckpt"
+    figures = HeadTrainer(heads, vocabulary, cache, plan, checkpoint).run(lambda line: report(f"{variant.name}: {line}"))
+    return heads, figures
+
+
+def finish_variant(
+    args: argparse.Namespace,
+    variant: Variant,
+    heads: MedusaHeads,
+    figures: dict[str, float],
+    vocabulary: Vocabulary,
+    held: HiddenCache,
+    evaluated: HiddenCache,
+    model: TrainingModel,
+    report: Report,
+) -> dict[str, object]:
+    """Save one variant as int8, then calibrate and evaluate what a reader of that file gets."""
+    path = args.out / f"{variant.name}.safetensors"
+    save_heads(path, heads, {"base_model": model.name}, storage="int8")
+    heads = load_heads(path).to(model.device)
+    calibration = calibrate(measure_ranks(heads, held, vocabulary))
+    write_calibration(path.with_suffix(".json"), calibration, {"heads": path.name})
+    measured = measure_ranks(heads, evaluated, vocabulary)
+    steps = tokens_per_step(calibration.order, measured, SIZES)
+    top1, top5 = ((measured.ranks < limit).float().mean(0).tolist() for limit in (1, 5))
+    report(f"{variant.name}: tokens/step " + ", ".join(f"{n}: {v:.3f}" for n, v in zip(SIZES, steps, strict=True)))
+    report(f"{variant.name}: {calibration.estimator}; {json.dumps(calibration.scores)}")
+    return {
+        "variant": variant.name,
+        "shape": heads.config.to_dict(),
+        "parameters": parameter_count(heads),
+        **figures,
+        "top1": top1,
+        "top5": top5,
+        "tokens_per_step": dict(zip(map(str, SIZES), steps, strict=True)),
+        "held_back_tokens_per_step": {str(size): calibration.expected[size] for size in SIZES if _has(calibration, size)},
+        "estimator_scores": calibration.scores,
+        "file_bytes": path.stat().st_size,
+    }
+
+
+def _has(calibration: Calibration, size: int) -> bool:
+    return size < len(calibration.expected)
+
+
+def carry(args: argparse.Namespace, report: Report) -> None:
+    """Cut the wanted heads into parts small enough to be returned; `cat` joins them."""
+    for name in args.bring.split(","):
+        path = args.out / f"{name}.safetensors"
+        if not path.is_file() or path.stat().st_size <= PART_BYTES:
+            continue
+        content = path.read_bytes()
+        for number, start in enumerate(range(0, len(content), PART_BYTES)):
+            path.with_name(f"{path.name}.part{number}").write_bytes(content[start : start + PART_BYTES])
+        path.unlink()
+        report(f"{path.name} cut into {number + 1} parts")
+    for path in args.out.glob("*.safetensors*"):
+        if path.name.split(".")[0] not in args.bring.split(","):
+            path.rename(args.work / path.name)
+
+
+def print_table(rows: Sequence[dict]) -> None:
+    """Print one line a variant."""
+    print("variant | parameters | epochs | loss | tokens/s | top-1 by head | top-5 by head | tokens/step at " + "/".join(
+        map(str, SIZES)
+    ))
+    for row in rows:
+        top1, top5 = (" ".join(f"{value:.3f}" for value in row[name]) for name in ("top1", "top5"))
+        steps = " / ".join(f"{value:.2f}" for value in row["tokens_per_step"].values())
+        print(
+            f"{row['variant']} | {row['parameters']:,} | {row.get('epochs', 0):.2f} | {row.get('loss', 0):.3f} | "
+            f"{row.get('tokens_per_second', 0):,.0f} | {top1} | {top5} | {steps}"
+        )
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("phase", choices=("distil", "train"))
+    parser.add_argument("--model", default="bundled")
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--time-limit", type=float, default=560, help="seconds for the whole call")
+    parser.add_argument("--reserve", type=float, default=20, help="seconds kept for writing at the end")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--tokens", type=int, default=40_000_000)
+    parser.add_argument("--distil-seconds", type=float, default=float("inf"))
+    parser.add_argument("--slots", type=int, default=2048)
+    parser.add_argument("--capacity", type=int, default=1024)
+    parser.add_argument("--max-answer", type=int, default=320)
+    parser.add_argument("--shard-tokens", type=int, default=2_000_000)
+    parser.add_argument("--export", type=Path)
+    parser.add_argument("--work", type=Path, default=Path("work"))
+    parser.add_argument("--out", type=Path, default=Path("out"))
+    parser.add_argument("--variants", default=",".join(variant.name for variant in VARIANTS))
+    parser.add_argument("--bring", default="path,root")
+    parser.add_argument("--heads", type=int, default=4)
+    parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--learning-rate", type=float, default=1.5e-3)
+    parser.add_argument("--draft-vocab", type=int, default=16384)
+    parser.add_argument("--held-back", type=int, default=1500)
+    parser.add_argument("--max-tokens", type=int, default=44_000_000, help="of the training text: GPU memory's limit")
+    parser.add_argument("--eval-prompts", type=int, default=100)
+    parser.add_argument("--eval-tokens", type=int, default=256)
+    parser.add_argument("--evaluate-seconds", type=float, default=8)
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
