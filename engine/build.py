@@ -6,6 +6,7 @@ Every choice between formats and every fallback is made here, with its reason, b
 import os
 from dataclasses import dataclass
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,10 +17,22 @@ from engine.bnb_linear import BnbInt8Linear, NF4Linear
 from engine.draft import HeadsDrafter
 from engine.errors import InvalidParameterError, UnsupportedDeviceError
 from engine.heads import MedusaHeads
+from engine.kernels.cpu_build import CpuKernelsUnavailableError
+from engine.kernels.cpu_native import NativeLinear
 from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
+from engine.native_runner import NativeRunner
+from engine.runner import Runner
 from engine.torch_runner import TorchRunner
 
-__all__ = ["build_drafter", "build_runner", "choose_device", "use_all_cores"]
+__all__ = [
+    "Built",
+    "build_drafter",
+    "build_runner",
+    "build_torch_runner",
+    "choose_device",
+    "pack_int4",
+    "use_all_cores",
+]
 
 QUANTIZE = {"cpu": ("int4", "int8", "none"), "cuda": ("nf4", "int8", "none")}
 _MAX_THREADS = 16  # decode is bound by memory; more threads only wait for each other
@@ -42,15 +55,37 @@ def use_all_cores() -> None:
     torch.set_num_threads(min(cores, _MAX_THREADS))
 
 
+class Built(NamedTuple):
+    """A runner, how its drafter's matrices are made, and what a person should know of the choice."""
+
+    runner: Runner
+    head_linear: LinearFactory
+    notes: tuple[str, ...] = ()
+
+
 def build_runner(
     config: BackboneConfig, weights: BackboneWeights, *, device: str, quantize: str, source_format: str
-) -> TorchRunner:
+) -> Built:
     """Quantise or repack a model's weights for `device` and wrap it in a runner."""
     chosen = QUANTIZE[device][0] if quantize == "auto" else quantize
     if chosen not in QUANTIZE[device]:
         allowed = ", ".join(QUANTIZE[device])
         raise InvalidParameterError(f"quantize is {quantize!r}; on {device} allowed is auto, {allowed}.")
-    plan = _plan_cpu(chosen, source_format) if device == "cpu" else _plan_cuda(chosen)
+    if chosen != "int4":
+        return Built(build_torch_runner(config, weights, device, chosen, source_format), _head_linear(device))
+    try:
+        runner = NativeRunner(config, weights, source_format=source_format)
+        return Built(runner, partial(NativeLinear.from_weight, runner.threads))
+    except CpuKernelsUnavailableError as error:
+        note = f"Slower torch operations are in use: {error}"
+        return Built(build_torch_runner(config, weights, device, chosen, source_format), pack_int4, (note,))
+
+
+def build_torch_runner(
+    config: BackboneConfig, weights: BackboneWeights, device: str, quantize: str, source_format: str
+) -> TorchRunner:
+    """Build the runner over torch operations; `quantize` is one of QUANTIZE[device]."""
+    plan = _plan_cpu(quantize, source_format) if device == "cpu" else _plan_cuda(quantize)
     backbone = Backbone(
         config,
         weights,
@@ -62,16 +97,19 @@ def build_runner(
     return TorchRunner(backbone, device=device, dtype=plan.dtype, weights=plan.label, exact=device == "cpu")
 
 
-def build_drafter(heads: MedusaHeads, backbone: Backbone, lm_head: Weight, device: str) -> HeadsDrafter:
-    """Put heads beside their backbone: packed int4 on a CPU, 16 bit on a GPU."""
-    linear: LinearFactory = _pack_int4 if device == "cpu" else partial(DenseLinear, dtype=torch.bfloat16)
+def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> HeadsDrafter:
+    """Put heads beside their backbone, with matrices of the kind that suits its device."""
     shared = None
     if not heads.config.output.startswith("own"):
         rows = lm_head if heads.token_map is None else lm_head.permute_rows(heads.token_map)
-        shared = linear(rows).to(device)
-    _swap_linears(heads, linear)
-    heads = heads.to(device=device, dtype=torch.bfloat16) if device != "cpu" else heads
-    return HeadsDrafter(heads, backbone.embed, shared)
+        shared = built.head_linear(rows)
+    _swap_linears(heads, built.head_linear)
+    device = built.runner.device
+    return HeadsDrafter(heads.to(device), built.runner.embed, shared.to(device) if shared else None)
+
+
+def _head_linear(device: str) -> LinearFactory:
+    return pack_int4 if device == "cpu" else partial(DenseLinear, dtype=_cuda_dtype())
 
 
 @dataclass(frozen=True)
@@ -84,7 +122,7 @@ class _Plan:
 
 def _plan_cpu(quantize: str, source_format: str) -> _Plan:
     if quantize == "int4":
-        return _Plan(_pack_int4, Int8Linear, torch.bfloat16, _int4_label(source_format))
+        return _Plan(pack_int4, Int8Linear, torch.bfloat16, _int4_label(source_format))
     if quantize == "int8":
         return _Plan(Int8Linear, Int8Linear, torch.bfloat16, "int8")
     dense = partial(RowwiseLinear, dtype=torch.bfloat16)
@@ -98,7 +136,7 @@ def _int4_label(source_format: str) -> str:
 
 
 def _plan_cuda(quantize: str) -> _Plan:
-    dtype = torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+    dtype = _cuda_dtype()
     dense = partial(DenseLinear, dtype=dtype)
     if quantize == "none":
         return _Plan(dense, dense, dtype, str(dtype).removeprefix("torch."))
@@ -112,7 +150,12 @@ def _plan_cuda(quantize: str) -> _Plan:
     return _Plan(partial(kind, device="cuda", dtype=dtype), dense, dtype, f"{quantize} (bitsandbytes)")
 
 
-def _pack_int4(weight: Weight) -> nn.Module:
+def _cuda_dtype() -> torch.dtype:
+    return torch.bfloat16 if torch.cuda.is_bf16_supported(including_emulation=False) else torch.float16
+
+
+def pack_int4(weight: Weight) -> nn.Module:
+    """Pack a matrix for torch's int4 kernel, rounding it to 4 bits where the file did not."""
     return PackedInt4Linear(weight if isinstance(weight, Q4Affine) else quantize_q4(weight.dequantize()))
 
 
@@ -135,8 +178,8 @@ class _Biased(nn.Module):
     def __init__(self, linear: nn.Module, bias: nn.Parameter | None) -> None:
         super().__init__()
         self.linear = linear
-        self.bias = None if bias is None else nn.Parameter(bias.detach().bfloat16(), requires_grad=False)
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x: Tensor) -> Tensor:
         out = self.linear(x)
-        return out if self.bias is None else out + self.bias
+        return out if self.bias is None else out + self.bias.to(out.dtype)

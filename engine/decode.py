@@ -43,7 +43,7 @@ class DecodeLoop:
     def prefill(self, tokens: Sequence[int]) -> int:
         """Run the prompt's new tokens and return the answer's first token."""
         self._hidden = self._runner.prefill(tokens)
-        self._root = self._sample(self._runner.logits(self._hidden.unsqueeze(0))[0], depth=-1)
+        self._root = self._next(self._hidden, depth=-1)
         return self._root
 
     def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
@@ -76,7 +76,7 @@ class DecodeLoop:
         depths = tree.depth.tolist()
 
         def target(node: int) -> int:  # only nodes on the path pay for lm_head
-            return self._sample(self._runner.logits(hidden[node : node + 1])[0], depths[node])
+            return self._next(hidden[node], depths[node])
 
         return Verified(*accept_exact(tree, draft.tokens, target))
 
@@ -89,6 +89,12 @@ class DecodeLoop:
     def _commit(self, path: list[int], bonus: int, hidden: Tensor) -> None:
         self._runner.commit(path)
         self._hidden, self._root = hidden[path[-1]], bonus
+
+    def _next(self, hidden: Tensor, depth: int) -> int:
+        """Choose the token after a hidden state [hidden]."""
+        if self._params.temperature == 0:
+            return int(self._runner.greedy(hidden.unsqueeze(0)))
+        return self._sample(self._runner.logits(hidden.unsqueeze(0))[0], depth)
 
     def _sample(self, logits: Tensor, depth: int) -> int:
         """Choose the token after the node at `depth`; the root stands at position `num_committed`."""

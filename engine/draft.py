@@ -65,7 +65,9 @@ class HeadsDrafter:
         """Return each row's best tokens and their probabilities; equal rows are computed once."""
         distinct = [list(row) for row in dict.fromkeys(tuple(row) for row in seen)]
         rows = hidden.expand(len(distinct), -1)
-        embeddings = seen_embeddings(self._embed(torch.tensor(distinct, device=hidden.device))) if seen[0] else None
+        embeddings = None
+        if seen[0]:
+            embeddings = seen_embeddings(self._embed(torch.tensor(distinct))).to(hidden.device)
         scores = self.heads.logits(head, self.heads.features(head, rows, embeddings), self._shared_output).float()
         best = scores.topk(ranks, dim=-1)
         chances = torch.exp(best.values - scores.logsumexp(-1, keepdim=True)).tolist()

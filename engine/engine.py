@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from engine.answer import AnswerRecord
-from engine.build import build_drafter, build_runner, choose_device, use_all_cores
+from engine.build import Built, build_drafter, build_runner, choose_device, use_all_cores
 from engine.decode import DecodeLoop
 from engine.draft import Drafter
 from engine.errors import ContextLengthError, EngineError
@@ -21,7 +21,6 @@ from engine.nested_tree import NestedTree
 from engine.records import EngineInfo, GenerationChunk
 from engine.runner import Runner
 from engine.sampling import SamplingParams, draw_seed
-from engine.torch_runner import TorchRunner
 
 __all__ = ["Engine"]
 
@@ -40,9 +39,11 @@ class Engine:
         drafter: Drafter | None,
         trees: NestedTree,
         heads_reason: str = "",
+        notes: tuple[str, ...] = (),
     ) -> None:
         self._name, self._runner, self._tokenizer = name, runner, tokenizer
         self._drafter, self._trees, self._heads_reason = drafter, trees, heads_reason
+        self._notes = notes
         self._cached: list[int] = []  # the tokens behind the committed rows
         self._lock = threading.Lock()
 
@@ -67,18 +68,19 @@ class Engine:
         say(f"Reading {model}")
         source = open_model(model)
         say(f"Preparing the weights for {chosen}")
-        runner = build_runner(
+        built = build_runner(
             source.config, source.weights, device=chosen, quantize=quantize, source_format=source.weight_format
         )
         say("Loading the draft heads")
-        drafter, trees, reason = _load_heads(heads, source, runner)
+        drafter, trees, reason = _load_heads(heads, source, built)
         return cls(
             name=source.name,
-            runner=runner,
+            runner=built.runner,
             tokenizer=source.tokenizer,
             drafter=drafter,
             trees=trees,
             heads_reason=reason,
+            notes=built.notes,
         )
 
     @property
@@ -92,6 +94,7 @@ class Engine:
             heads_reason=self._heads_reason,
             num_heads=self._drafter.max_depth if self._drafter else 0,
             memory_bytes=self._runner.memory_bytes(),
+            notes=self._notes,
         )
 
     def count_tokens(self, messages: Messages) -> int:
@@ -164,7 +167,7 @@ class Engine:
         self._cached = text[: self._runner.num_committed]
 
 
-def _load_heads(heads: str | None, source: LoadedModel, runner: TorchRunner) -> tuple[Drafter | None, NestedTree, str]:
+def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> tuple[Drafter | None, NestedTree, str]:
     path = source.heads_path if heads == "auto" else Path(heads) if heads and heads != "none" else None
     if path is None:
         reason = "heads were switched off" if heads in (None, "none") else f"no heads are known for {source.name}"
@@ -178,5 +181,5 @@ def _load_heads(heads: str | None, source: LoadedModel, runner: TorchRunner) -> 
         if heads != "auto":
             raise
         return None, NestedTree.default(), str(error)
-    drafter = build_drafter(loaded, runner.backbone, source.weights.lm_head, runner.device)
+    drafter = build_drafter(loaded, built, source.weights.lm_head)
     return drafter, NestedTree.beside(path).limited(loaded.config.num_heads), ""

@@ -41,12 +41,24 @@ class Runner(Protocol):
         """Apply `lm_head`: [rows, hidden] -> float32 [rows, vocab]."""
         ...
 
+    def greedy(self, hidden: Tensor) -> Tensor:
+        """Return each row's best token, argmax of `logits`: [rows, hidden] -> int64 [rows]."""
+        ...
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        """Return token embeddings, int64 [...] -> [..., hidden]."""
+        ...
+
     def commit(self, path: Sequence[int]) -> None:
         """Append the nodes of `path` (root first) to the committed text; the other scratch rows are dropped."""
         ...
 
     def truncate(self, length: int) -> None:
         """Forget committed rows from `length` on."""
+        ...
+
+    def committed_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        """Return one layer's committed keys and values, [kv_heads, rows, head_dim] each."""
         ...
 
     def memory_bytes(self) -> int:

@@ -69,9 +69,7 @@ def target_probabilities(logits: Tensor, params: SamplingParams) -> Tensor:
 
 
 def sample(logits: Tensor, params: SamplingParams, seed: int, position: int) -> int:
-    """Choose the token at `position` from its logits [vocab]: the best one at temperature 0, else by inverse CDF."""
-    if params.temperature == 0:
-        return int(logits.argmax())
+    """Draw the token at `position` from its logits [vocab] by inverse CDF; the temperature is above 0."""
     cumulative = target_probabilities(logits, params).cumsum(-1)
     threshold = position_uniform(seed, position) * cumulative[-1]
     return min(int(torch.searchsorted(cumulative, threshold, right=True)), len(cumulative) - 1)

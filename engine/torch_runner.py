@@ -50,12 +50,22 @@ class TorchRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         return self.backbone.lm_head(hidden).float()
 
+    def greedy(self, hidden: Tensor) -> Tensor:
+        return self.logits(hidden).argmax(-1)
+
+    def embed(self, tokens: Tensor) -> Tensor:
+        return self.backbone.embed(tokens.to(self.device))
+
     @torch.inference_mode()
     def commit(self, path: Sequence[int]) -> None:
         self._cache.commit(path)
 
     def truncate(self, length: int) -> None:
         self._cache.truncate(length)
+
+    def committed_rows(self, layer: int) -> tuple[Tensor, Tensor]:
+        rows = slice(0, self._cache.length)
+        return self._cache.keys[layer, :, rows], self._cache.values[layer, :, rows]
 
     def memory_bytes(self) -> int:
         held = (*self.backbone.parameters(), *self.backbone.buffers())

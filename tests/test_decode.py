@@ -6,14 +6,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.build import build_drafter, build_runner
+from engine.build import Built, build_drafter, build_runner, build_torch_runner, pack_int4
 from engine.decode import PLAIN, DecodeLoop
 from engine.draft import Draft
 from engine.heads import HeadsConfig, MedusaHeads
 from engine.models.loader import LoadedModel
 from engine.nested_tree import NestedTree
+from engine.runner import Runner
 from engine.sampling import SamplingParams
-from engine.torch_runner import TorchRunner
 from engine.tree import CandidateTree
 
 PROMPTS = ["Write a haiku about rain.", "What is 17 * 3?", "Liste trois fruits, s'il vous plaît.", "def fibonacci(n):"]
@@ -26,13 +26,24 @@ TREES = [
 ]
 
 
-@pytest.fixture(scope="module")
-def runner(bundled: LoadedModel) -> TorchRunner:
-    return build_runner(bundled.config, bundled.weights, device="cpu", quantize="int4", source_format="Q4_1")
+@pytest.fixture(scope="module", params=["native", "torch"])
+def built(request: pytest.FixtureRequest, bundled: LoadedModel) -> Built:
+    config, weights = bundled.config, bundled.weights
+    if request.param == "torch":
+        return Built(build_torch_runner(config, weights, "cpu", "int4", "Q4_1"), pack_int4)
+    native = build_runner(config, weights, device="cpu", quantize="int4", source_format="Q4_1")
+    if native.notes:
+        pytest.skip(native.notes[0])
+    return native
+
+
+@pytest.fixture
+def runner(built: Built) -> Runner:
+    return built.runner
 
 
 def decode(
-    runner: TorchRunner, drafter: object, tree: CandidateTree, prompt: Sequence[int], params: SamplingParams, seed: int
+    runner: Runner, drafter: object, tree: CandidateTree, prompt: Sequence[int], params: SamplingParams, seed: int
 ) -> tuple[list[int], list[int]]:
     """Return the first NUM_TOKENS tokens and the accepted counts of the steps they took."""
     runner.truncate(0)
@@ -51,7 +62,7 @@ class Oracle:
 
     max_depth = 4
 
-    def __init__(self, text: Sequence[int], runner: TorchRunner, wrong: bool = False) -> None:
+    def __init__(self, text: Sequence[int], runner: Runner, wrong: bool = False) -> None:
         self.text, self.runner, self.wrong = list(text), runner, wrong
 
     def draft(self, hidden: Tensor, root: int, tree: CandidateTree) -> Draft:
@@ -75,20 +86,18 @@ def random_heads(bundled: LoadedModel, sees: str) -> MedusaHeads:
 @pytest.mark.parametrize("prompt", PROMPTS)
 @pytest.mark.parametrize(("temperature", "seed"), [(0.0, 0), (0.8, 1), (1.3, 2)])
 def test_any_tree_gives_plain_decodings_tokens(
-    runner: TorchRunner, bundled: LoadedModel, prompt: str, temperature: float, seed: int
+    built: Built, runner: Runner, bundled: LoadedModel, prompt: str, temperature: float, seed: int
 ) -> None:
     ids = bundled.tokenizer.encode_chat([{"role": "user", "content": prompt}])
     params = SamplingParams(temperature=temperature)
     plain, _ = decode(runner, None, PLAIN, ids, params, seed)
     for sees, tree in zip(("hidden", "root", "path", "path"), TREES, strict=True):
-        drafter = build_drafter(random_heads(bundled, sees), runner.backbone, bundled.weights.lm_head, "cpu")
+        drafter = build_drafter(random_heads(bundled, sees), built, bundled.weights.lm_head)
         assert decode(runner, drafter, tree, ids, params, seed)[0] == plain
 
 
 @pytest.mark.parametrize("tree", TREES[:3])
-def test_oracle_heads_are_accepted_to_full_depth(
-    runner: TorchRunner, bundled: LoadedModel, tree: CandidateTree
-) -> None:
+def test_oracle_heads_are_accepted_to_full_depth(runner: Runner, bundled: LoadedModel, tree: CandidateTree) -> None:
     ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[0]}])
     params = SamplingParams()
     plain, _ = decode(runner, None, PLAIN, ids, params, 0)
@@ -98,7 +107,7 @@ def test_oracle_heads_are_accepted_to_full_depth(
     assert accepted[:-1] == [tree.max_depth] * (len(accepted) - 1)
 
 
-def test_adversary_heads_are_never_accepted_and_change_nothing(runner: TorchRunner, bundled: LoadedModel) -> None:
+def test_adversary_heads_are_never_accepted_and_change_nothing(runner: Runner, bundled: LoadedModel) -> None:
     ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[0]}])
     params = SamplingParams()
     plain, _ = decode(runner, None, PLAIN, ids, params, 0)
@@ -108,21 +117,25 @@ def test_adversary_heads_are_never_accepted_and_change_nothing(runner: TorchRunn
     assert accepted == [0] * (NUM_TOKENS - 1)
 
 
-def test_the_cache_after_commit_is_a_plain_forwards_cache(runner: TorchRunner, bundled: LoadedModel) -> None:
+def test_the_cache_after_commit_is_a_plain_forwards_cache(runner: Runner, bundled: LoadedModel) -> None:
     ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[1]}])
     params = SamplingParams()
     plain, _ = decode(runner, None, PLAIN, ids, params, 0)
-    cache = runner._cache
-    keys, values = cache.keys.clone(), cache.values.clone()
+    reference = committed(runner)
     _, accepted = decode(runner, Oracle([*ids, *plain, *[1] * 8], runner), TREES[2], ids, params, 0)
     assert sum(accepted) > 10
     rows = slice(0, len(ids) + NUM_TOKENS - 1)
-    assert torch.equal(cache.keys[:, :, rows], keys[:, :, rows])
-    assert torch.equal(cache.values[:, :, rows], values[:, :, rows])
+    for ours, theirs in zip(committed(runner), reference, strict=True):
+        assert torch.equal(ours[:, rows], theirs[:, rows])
 
 
-def test_typical_acceptance_at_temperature_zero_is_exact(runner: TorchRunner, bundled: LoadedModel) -> None:
+def committed(runner: Runner) -> list[Tensor]:
+    """Copies of every layer's committed keys and values, each [kv_heads, rows, head_dim]."""
+    return [rows.clone() for layer in range(runner.config.num_layers) for rows in runner.committed_rows(layer)]
+
+
+def test_typical_acceptance_at_temperature_zero_is_exact(built: Built, runner: Runner, bundled: LoadedModel) -> None:
     ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[1]}])
     plain, _ = decode(runner, None, PLAIN, ids, SamplingParams(), 0)
-    drafter = build_drafter(random_heads(bundled, "root"), runner.backbone, bundled.weights.lm_head, "cpu")
+    drafter = build_drafter(random_heads(bundled, "root"), built, bundled.weights.lm_head)
     assert decode(runner, drafter, TREES[2], ids, SamplingParams(acceptance="typical"), 0)[0] == plain
