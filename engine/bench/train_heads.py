@@ -145,7 +145,7 @@ def run_distil(
     script = Script(model.tokenizer, chat, plan, queries, args.capacity, Random(args.seed + writer.num_shards))
     goal = DistillGoal(args.tokens, min(args.distil_seconds, left() - args.reserve))
     distill(decoder, script, writer, goal, report)
-    if args.export is not None:
+    if args.export is not None and writer.num_shards:
         export_data(args.data, args.export, report)
     totals = {name: sum(shard[name] for shard in writer.index["shards"]) for name in ("documents", "tokens", "labels")}
     print(json.dumps({"data": totals, "rejected_turns": script.num_rejected}))
@@ -355,7 +355,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--draft-vocab", type=int, default=16384)
     parser.add_argument("--held-back", type=int, default=1500)
-    parser.add_argument("--max-tokens", type=int, default=44_000_000, help="of the training text: GPU memory's limit")
+    parser.add_argument("--max-tokens", type=int, default=50_000_000, help="of the training text: GPU memory's limit")
     parser.add_argument("--eval-prompts", type=int, default=100)
     parser.add_argument("--eval-tokens", type=int, default=256)
     parser.add_argument("--evaluate-seconds", type=float, default=8)

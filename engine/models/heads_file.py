@@ -38,6 +38,7 @@ def save_heads(
     notes = {**(metadata or {}), "format": "medusa-heads", "heads_config": json.dumps(heads.config.to_dict())}
     unfinished = path.with_name(path.name + ".part")
     save_file(tensors, unfinished, metadata=notes)
+    unfinished.chmod(0o644)  # safetensors writes files for their owner alone
     os.replace(unfinished, path)
 
 

@@ -135,7 +135,7 @@ if triton is not None:
         if factor == 0:
             tl.store(scores + row * stride + column, tl.zeros([BLOCK], tl.float32), mask=inside)
             tl.store(loss + row, 0.0)
-            tl.store(rank + row, tl.zeros([], tl.int64) + VOCAB)
+            tl.store(rank + row, VOCAB)
         else:
             x = tl.load(scores + row * stride + column, mask=inside, other=float("-inf")).to(tl.float32)
             source = tl.load(teacher_rows + row)
@@ -156,7 +156,7 @@ if triton is not None:
             grad = power / total * (hard + soft) - target * soft - tl.where(is_gold, hard, 0.0)
             tl.store(scores + row * stride + column, grad.to(scores.dtype.element_ty), mask=inside)
             tl.store(loss + row, value)
-            tl.store(rank + row, tl.where(label >= 0, better, VOCAB).to(tl.int64))
+            tl.store(rank + row, tl.where(label >= 0, better, VOCAB))
 
 
 def row_loss_triton(
