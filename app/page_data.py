@@ -1,8 +1,10 @@
 """Plain values for the page's own drawings, made from what the store and the chat session know.
 
-Everything here becomes JSON. The scripts in assets/ are the only readers; texts of the model stay texts.
+The scripts in assets/ are the only readers; texts of the model stay texts. Each view gets its value as one JSON string:
+Gradio sends a stream as differences between values, and a list that shrinks inside one arrives with wrong items.
 """
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -11,7 +13,7 @@ from app.running_answer import RunningAnswer
 from app.storage import Conversation, Message
 from app.tree_view import StepView, unpack_trace
 
-__all__ = ["conversation_list", "figures_line", "live_view", "saved_view", "status_view", "thread_view"]
+__all__ = ["conversation_list", "figures_line", "live_view", "page_value", "saved_view", "status_view", "thread_view"]
 
 LIVE_STEPS = 3  # what one update may have missed; older steps come from the saved trace
 RECENT_STEPS = 48
@@ -20,6 +22,11 @@ STATUS_NOTES = {
     "interrupted": "interrupted when the app ended",
     "error": "failed",
 }
+
+
+def page_value(view: Mapping[str, Any] | Sequence[Any] | None) -> str:
+    """What a gr.HTML of the page gets as its value; empty for nothing."""
+    return "" if view is None else json.dumps(view, ensure_ascii=False, separators=(",", ":"))
 
 
 def thread_view(conversation: Conversation | None, messages: Sequence[Message]) -> dict[str, Any]:

@@ -25,9 +25,10 @@ from pathlib import Path  # noqa: E402
 import gradio as gr  # noqa: E402
 import uvicorn  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
-from starlette.responses import FileResponse, PlainTextResponse, Response  # noqa: E402
+from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse  # noqa: E402
 
 from app.chat import ChatSession, LoadEngine  # noqa: E402
+from app.handlers import Handlers  # noqa: E402
 from app.local_only import LocalOnly  # noqa: E402
 from app.single_instance import InstanceLock  # noqa: E402
 from app.storage import ConversationStore, StorageError  # noqa: E402
@@ -74,10 +75,17 @@ def build_app(session: ChatSession) -> FastAPI:
     """The whole application as ASGI: the page at /, its files under /medusa, guarded against other sites."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(LocalOnly)
-    app.add_api_route("/medusa/{name:path}", _asset, methods=["GET"], include_in_schema=False)
+    handlers = Handlers(session)
+
+    async def follow(conversation: str) -> StreamingResponse:
+        events = (f"data: {value}\n\n" async for value in handlers.follow(conversation))
+        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    app.add_api_route("/medusa/follow", follow, methods=["GET"], response_model=None)
+    app.add_api_route("/medusa/{name:path}", _asset, methods=["GET"], response_model=None)
     return gr.mount_gradio_app(
         app,
-        build_ui(session),
+        build_ui(handlers),
         path="",
         server_name="127.0.0.1",
         footer_links=[],

@@ -9,7 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from app.chat import ChatSession
 from app.handlers import Handlers
 
 __all__ = ["ASSETS", "build_ui", "page_options"]
@@ -31,20 +30,21 @@ const mount = () => window.MedusaChat.mount("{view}", {{element, props, trigger,
 window.MedusaChat ? mount() : window.addEventListener("medusa-chat-ready", mount, {{once: true}});
 """
 
-QUIET: dict[str, Any] = {"show_progress": "hidden", "api_visibility": "private"}
-DATABASE: dict[str, Any] = {**QUIET, "concurrency_limit": 8, "concurrency_id": "database"}
-VIEWER: dict[str, Any] = {**QUIET, "concurrency_limit": None}
+CONVERSATION_IN_ADDRESS = "() => new URLSearchParams(location.search).get('c') || ''"
+
+# Past Gradio's queue, which has no use here: answers are made in the session's own thread, and what the queue streams
+# can be lost (see app/handlers.py).
+DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 
 
-def build_ui(session: ChatSession) -> gr.Blocks:
-    """Build the page over a chat session."""
-    handlers = Handlers(session)
+def build_ui(handlers: Handlers) -> gr.Blocks:
+    """Build the page over its handlers."""
     with gr.Blocks(title="Medusa Chat", fill_width=True, fill_height=True, analytics_enabled=False) as page:
         # In the browser rather than in gr.State: it survives a restart of the server, and it is the address's ?c=.
         conversation_id = gr.Textbox(visible="hidden", elem_id="conversation-id", label="Conversation")
         with gr.Row(elem_id="shell"):
             with gr.Column(elem_id="sidebar", min_width=0):
-                conversations = _view("conversations", value=[])
+                conversations = _view("conversations")
             with gr.Column(elem_id="main", min_width=0):
                 status = _view("status")
                 thread = _view("thread")
@@ -54,26 +54,15 @@ def build_ui(session: ChatSession) -> gr.Blocks:
             with gr.Column(elem_id="panel", min_width=0):
                 live = _view("live")
 
+        waiting = gr.Timer(0.4)
+
         opened = [conversation_id, thread, conversations, live, medusa, notice]
         sent = [composer, conversation_id, thread, conversations, live, notice]
-        followed: dict[str, Any] = {"inputs": conversation_id, "outputs": [live, thread, conversations], **VIEWER}
-
-        page.load(
-            handlers.open,
-            conversation_id,
-            opened,
-            js="() => new URLSearchParams(location.search).get('c') || ''",
-            **DATABASE,
-        ).then(handlers.follow, **followed)
-        page.load(handlers.status, outputs=status, **VIEWER)
-        page.unload(handlers.leave)
-        conversations.select(
-            handlers.open, conversation_id, opened, js="() => window.MedusaChat.wanted()", **DATABASE
-        ).then(handlers.follow, **followed)
-        gr.on([composer.submit, send.click], handlers.send, [composer, conversation_id, medusa], sent, **DATABASE).then(
-            handlers.follow, **followed
-        )
-        stop.click(handlers.stop, conversation_id, queue=False, **QUIET)
+        page.load(handlers.open, conversation_id, opened, js=CONVERSATION_IN_ADDRESS, **DIRECT)
+        conversations.select(handlers.open, conversation_id, opened, js="() => window.MedusaChat.wanted()", **DIRECT)
+        gr.on([composer.submit, send.click], handlers.send, [composer, conversation_id, medusa], sent, **DIRECT)
+        stop.click(handlers.stop, conversation_id, **DIRECT)
+        gr.on([page.load, waiting.tick], handlers.status, outputs=[status, waiting], **DIRECT)
     return page
 
 
@@ -96,9 +85,9 @@ def page_options() -> dict[str, Any]:
     return {"theme": theme, "head": HEAD}
 
 
-def _view(name: str, value: Any = None) -> gr.HTML:
+def _view(name: str) -> gr.HTML:
     return gr.HTML(
-        value=value,
+        value="",
         elem_id=name,
         html_template="<div></div>",
         js_on_load=MOUNT.format(view=name),

@@ -29,7 +29,7 @@ function buildPanel() {
     perStep: gauge("tokens a step"),
     recent: el("div", { class: "recent", role: "img" }),
     depths: el("div", { class: "depths" }),
-    idle: el("p", { class: "idle" }, "The tree of each step is drawn here while an answer is written."),
+    idle: el("div", { class: "idle" }),
   };
   const legend = el("p", { class: "legend" },
     el("span", { class: "key accepted" }, "accepted"), el("span", { class: "key rejected" }, "checked, not kept"),
@@ -39,8 +39,27 @@ function buildPanel() {
     el("div", { class: "gauges" }, view.speed.node, view.perStep.node),
     el("h3", {}, "Accepted guesses, step by step"), view.recent,
     el("h3", {}, "Accepted by depth"), view.depths);
+  fillIdle(view.idle);
   view.panel = el("section", { class: "live-panel", "aria-label": "Medusa at work" }, el("h2", {}, "Medusa at work"), view.idle, view.work);
   return view;
+}
+
+// A made-up step, to show what is to be seen here before there is one.
+const SAMPLE = {
+  number: 0,
+  labels: ["The", " dragon", " knight", " old", " slept", " smiled", " rode", " on", " and"],
+  parents: [-1, 0, 0, 0, 1, 1, 2, 4, 4],
+  probabilities: [1, 0.6, 0.3, 0.1, 0.5, 0.2, 0.3, 0.4, 0.2],
+  path: [0, 1, 4],
+};
+
+function fillIdle(idle) {
+  const sample = el("div", { class: "sample", "aria-hidden": "true" });
+  idle.append(
+    el("p", {}, "Each step of an answer is drawn here as it happens. From the last word on the left, the heads guess what may follow; the solid path is what the model agreed to, and it is added at once."),
+    sample,
+    el("p", { class: "small" }, "An example. Send a message to see a real one."));
+  requestAnimationFrame(() => drawTree(sample, SAMPLE));
 }
 
 function gauge(unit) {

@@ -1,6 +1,7 @@
 // The page's scripts start here: the views that gr.HTML components mount, and what they share.
 
 import { mountConversations } from "./conversations.js";
+import { followIfRunning } from "./follow.js";
 import { mountLive } from "./live.js";
 import { mountNotice, mountStatus } from "./status.js";
 import { mountThread } from "./thread.js";
@@ -16,10 +17,14 @@ const VIEWS = {
 
 /** Called by each gr.HTML once: build the view, then follow its value. */
 function mount(name, component) {
-  const update = VIEWS[name](component);
-  const follow = () => update(component.props.value || null);
-  component.watch("value", follow);
-  follow();
+  const update = (shared.views[name] = VIEWS[name](component));
+  const show = () => {
+    const value = component.props.value ? JSON.parse(component.props.value) : null;
+    update(value);
+    if (name === "thread" && value) followIfRunning(value);
+  };
+  component.watch("value", show);
+  show();
 }
 
 window.MedusaChat = { mount, wanted: () => shared.wanted };

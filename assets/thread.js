@@ -16,7 +16,7 @@ const NEAR_END_PX = 80;
 /** Mount the thread; returns the function that takes each new value. */
 export function mountThread({ element }) {
   const scroller = element.closest("#thread");
-  const list = el("ol", { class: "messages", "aria-label": "Conversation" });
+  const list = el("ol", { class: "messages", "aria-label": "Conversation", hidden: true });
   const spoken = el("p", { class: "only-spoken", "aria-live": "polite" });
   const toEnd = iconButton("down", "Jump to the latest", () => scrollToEnd(scroller, true), { class: "icon-button to-end", hidden: true });
   element.replaceChildren(list, toEnd, spoken);
@@ -40,7 +40,7 @@ function showThread(view, value) {
   view.list.replaceChildren(...[...rows.values()].map((row) => row.node));
   showEmptyPage(view, value.messages.length === 0);
   showLive(view, shared.live);
-  if (switched) view.follows = true;
+  if (switched) view.follows = value.messages.length > 0;
   keepEnd(view);
 }
 

@@ -27,7 +27,7 @@ function layout(parents, width) {
     depth[node] = depth[parent] + 1;
   });
   const leaves = children.filter((list) => list.length === 0).length;
-  const rowHeight = leaves <= 12 ? 26 : leaves <= 24 ? 20 : 15;
+  const rowHeight = leaves <= 10 ? 30 : leaves <= 20 ? 23 : 17;
   const column = Math.max(MIN_COLUMN_PX, (width - 24) / (Math.max(...depth) + 1));
   const rows = parents.map(() => 0);
   let next = 0;
@@ -37,8 +37,8 @@ function layout(parents, width) {
     rows[node] = own.length ? (own[0] + own[own.length - 1]) / 2 : next++;
   };
   place(0);
-  const points = parents.map((_, node) => ({ x: 14 + depth[node] * column, y: 14 + rows[node] * rowHeight }));
-  return { points, column, width: column * (Math.max(...depth) + 1) + 14, height: Math.max(1, leaves) * rowHeight + 8 };
+  const points = parents.map((_, node) => ({ x: 14 + depth[node] * column, y: 20 + rows[node] * rowHeight }));
+  return { points, column, width: column * (Math.max(...depth) + 1) + 14, height: Math.max(1, leaves) * rowHeight + 6 };
 }
 
 function build(parents, width) {
@@ -52,15 +52,16 @@ function build(parents, width) {
 
 function buildNode({ x, y }) {
   const dot = svg("circle", { cx: x, cy: y, r: RADIUS });
-  const label = svg("text", { x: x + RADIUS + 4, y: y + 4 });
+  const label = svg("text", { x: x + RADIUS + 3, y: y - 5 }); // above the line that leads on
   const title = svg("title");
   return { group: svg("g", { class: "node" }, dot, label, title), label, title };
 }
 
 function curve(from, to) {
-  const bend = Math.min(18, (to.x - from.x) / 3);
-  const start = to.x - bend * 1.6 - RADIUS;
-  return `M${from.x + RADIUS} ${from.y}H${from.x + RADIUS + 2}C${start} ${from.y} ${start} ${to.y} ${to.x - RADIUS} ${to.y}`;
+  const bend = Math.min(44, (to.x - from.x) * 0.5); // the line runs straight below the label, then turns
+  const turn = to.x - RADIUS - bend;
+  const middle = turn + bend / 2;
+  return `M${from.x + RADIUS} ${from.y}H${turn}C${middle} ${from.y} ${middle} ${to.y} ${to.x - RADIUS} ${to.y}`;
 }
 
 function mark(drawing, step) {
@@ -74,6 +75,7 @@ function mark(drawing, step) {
     node.group.style.opacity = kind === "rejected" ? String(0.5 + 0.5 * Math.sqrt(probability)) : "1";
     if (drawing.edges[index]) setClass(drawing.edges[index], accepted.has(index) ? "edge accepted" : "edge");
   });
+  for (const index of step.path.slice(1)) drawing.edges[index].parentNode.append(drawing.edges[index]); // in front
 }
 
 function setClass(node, name) {

@@ -1,0 +1,41 @@
+// Follows the running answer of the shown conversation, whichever page or tab began it, and tells the views.
+//
+// The stream is only looked at: closing it ends nothing. A hidden tab lets go, because a browser allows few connections
+// to one server; when it is seen again it asks anew, and gets at least the present state.
+
+import { shared } from "./shared.js";
+
+const tabs = new BroadcastChannel("medusa-chat");
+let source = null;
+
+/** Look at the shown conversation's answer; a stream that was open before is left. */
+export function follow() {
+  source?.close();
+  source = null;
+  if (!shared.conversation || document.hidden) return;
+  const conversation = shared.conversation;
+  const opened = new EventSource(`/medusa/follow?conversation=${encodeURIComponent(conversation)}`);
+  source = opened;
+  opened.onmessage = (event) => {
+    const value = JSON.parse(event.data);
+    if (value.ended) opened.close();
+    if (source === opened && conversation === shared.conversation) tell(value);
+  };
+}
+
+function tell(value) {
+  if (value.thread) shared.views.thread?.(value.thread);
+  if (value.live !== undefined) shared.views.live?.(value.live);
+  if (value.conversations) shared.views.conversations?.(value.conversations);
+  if (value.ended) source = null;
+}
+
+/** A thread that came with an event of this page: follow its running answer, and let the other tabs look too. */
+export function followIfRunning(thread) {
+  if (!thread.messages.some((message) => message.status === "running")) return;
+  follow();
+  tabs.postMessage("an answer has begun");
+}
+
+tabs.onmessage = () => follow();
+document.addEventListener("visibilitychange", () => follow());

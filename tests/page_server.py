@@ -1,0 +1,37 @@
+"""A server for browser tests in a process of its own, as a person would run it.
+
+`python tests/page_server.py '{"port": 1, "data_dir": "...", "pace_s": 0.02, ...}'`: with the fake engine, or with the
+bundled model for `"engine": "real"`.
+"""
+
+import json
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
+
+from fake_engine import INFO, FakeEngine, loader  # noqa: E402
+
+from app.server import run_server, serve  # noqa: E402
+
+
+def main(options: dict[str, Any]) -> int:
+    port, data_dir = options["port"], Path(options["data_dir"])
+    if options.get("engine") == "real":
+        return serve(port=port, data_dir=data_dir, open_browser=False, device="cpu", model="bundled", quantize="auto")
+    info = (
+        replace(INFO, has_heads=False, num_heads=0, heads_reason="the heads do not fit this model")
+        if options.get("no_heads")
+        else INFO
+    )
+    engine = FakeEngine(pace_s=options.get("pace_s", 0.01), info=info, fail_after=options.get("fail_after"))
+    return run_server(loader(engine), port=port, data_dir=data_dir, open_browser=False)
+
+
+if __name__ == "__main__":
+    code = main(json.loads(sys.argv[1]))
+    sys.stderr.flush()
+    os._exit(code)  # Gradio leaves threads behind that would hold the process
