@@ -9,6 +9,7 @@ Both phases go on where an earlier call stopped and save what they have when the
 import argparse
 import json
 import sys
+import tarfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -164,11 +165,11 @@ def read_prompts() -> list[str]:
     return EVAL_PROMPTS.read_text().splitlines()
 
 
-def export_data(folder: Path, out: Path, report: Report, parts: int = 6) -> None:
+def export_data(folder: Path, out: Path, report: Report, parts: int = 7, max_tokens: int = 40_000_000) -> None:
     """Pack the data small enough to be carried: ids in 16 bits, labels in one, deflated."""
     out.mkdir(parents=True, exist_ok=True)
     text = load_text(folder)
-    groups = torch.arange(text.num_documents).chunk(parts)
+    groups = (text.lengths.cumsum(0) <= max_tokens).nonzero().flatten().chunk(parts)
 
     def pack(number: int) -> None:
         group = text.select(groups[number])
@@ -311,6 +312,10 @@ def carry(args: argparse.Namespace, report: Report) -> None:
             path.with_name(f"{path.name}.part{number}").write_bytes(content[start : start + PART_BYTES])
         path.unlink()
         report(f"{path.name} cut into {number + 1} parts")
+    with tarfile.open(args.out / "reports.tar", "w") as archive:
+        for path in sorted(args.out.glob("*.json")):
+            archive.add(path, arcname=path.name)
+            path.unlink()
     for path in args.out.glob("*.safetensors*"):
         if path.name.split(".")[0] not in args.bring.split(","):
             path.rename(args.work / path.name)
@@ -341,8 +346,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tokens", type=int, default=40_000_000)
     parser.add_argument("--distil-seconds", type=float, default=float("inf"))
-    parser.add_argument("--slots", type=int, default=2048)
-    parser.add_argument("--capacity", type=int, default=1024)
+    parser.add_argument("--slots", type=int, default=3072)
+    parser.add_argument("--capacity", type=int, default=832)
     parser.add_argument("--max-answer", type=int, default=320)
     parser.add_argument("--shard-tokens", type=int, default=2_000_000)
     parser.add_argument("--export", type=Path)
