@@ -4,8 +4,8 @@ A page elsewhere can reach 127.0.0.1 through the visitor's browser (a form, a sc
 foreign Host, Origin or Sec-Fetch-Site is refused. What is served may load nothing from outside.
 """
 
+import re
 from collections.abc import Iterable
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import PlainTextResponse
@@ -13,7 +13,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 __all__ = ["LocalOnly"]
 
-LOCAL_NAMES = frozenset({"127.0.0.1", "localhost", "::1"})
+LOCAL_HOST = re.compile(r"(127\.0\.0\.1|localhost|\[::1\])(:\d{1,5})?", re.IGNORECASE)
 
 # Gradio builds its components' code with `new Function` and inline styles; everything else stays with this server.
 CONTENT_POLICY = (
@@ -52,7 +52,7 @@ class LocalOnly:
 
 def _refusal(headers: Headers) -> str | None:
     hosts, origins = headers.getlist("host"), headers.getlist("origin")
-    if len(hosts) != 1 or _name_in(hosts[0]) not in LOCAL_NAMES:
+    if len(hosts) != 1 or not LOCAL_HOST.fullmatch(hosts[0]):
         return "This server answers only to 127.0.0.1 and localhost; open it under one of those names."
     if any(origin != f"http://{hosts[0]}" for origin in origins):
         return "This request comes from another site and was refused."
@@ -60,13 +60,6 @@ def _refusal(headers: Headers) -> str | None:
     if site not in ("none", "same-origin") and mode != "navigate":
         return "This request comes from another site and was refused."
     return None
-
-
-def _name_in(host: str) -> str:
-    try:
-        return (urlsplit(f"//{host}").hostname or "").rstrip(".")
-    except ValueError:
-        return ""
 
 
 def _with_headers(send: Send, extra: Iterable[tuple[str, str]]) -> Send:
