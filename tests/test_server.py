@@ -20,6 +20,22 @@ from app.single_instance import InstanceLock
 from app.storage import ConversationStore
 
 ADDRESS = "http://127.0.0.1:7860"
+FOREIGN_HOSTS = [
+    "",
+    "evil.example",
+    "evil.example:7860",
+    "127.0.0.1.evil.example",
+    "localhost.evil.example:7860",
+    "192.168.0.7:7860",
+    "0.0.0.0:7860",
+    "2130706433:7860",
+    "user@evil.example",
+    "127.0.0.1@evil.example:7860",
+    "evil.example@127.0.0.1",
+    "127.0.0.1:7860:7860",
+    "127.0.0.1/x",
+    "[::1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -48,12 +64,7 @@ def test_local_names_are_answered(client: TestClient, host: str) -> None:
 
 @pytest.mark.parametrize(
     "host",
-    (
-        "evil.example evil.example:7860 127.0.0.1.evil.example localhost.evil.example:7860 192.168.0.7:7860 "
-        "0.0.0.0:7860 user@evil.example 127.0.0.1@evil.example:7860 evil.example@127.0.0.1 [::1 2130706433:7860 "
-        "127.0.0.1:7860:7860 127.0.0.1/x"
-    ).split()
-    + [""],  # noqa: RUF005
+    FOREIGN_HOSTS,
 )
 def test_foreign_names_are_refused(client: TestClient, host: str) -> None:
     answer = client.get("/", headers={"host": host})
