@@ -174,7 +174,7 @@ class ChatSession:
     def _generate(self, engine: AnswerEngine, answer: RunningAnswer) -> None:
         if answer.stop.is_set():
             return
-        answer.begin(engine.token_texts)
+        answer.begin(engine.token_texts, engine.info.has_heads)
         messages = self._prompt(answer)
         for chunk in engine.stream(messages, answer.params, answer.stop):
             answer.add(chunk)

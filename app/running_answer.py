@@ -30,12 +30,14 @@ class RunningAnswer:
         self.trace = Trace(_no_texts)
         self.result: GenerationResult | None = None
         self._lock = threading.Lock()
+        self._drafts = params.medusa
         self._text = ""
         self._tokens = 0
         self._first_at = self._last_at = 0.0
 
-    def begin(self, token_texts: TokenTexts) -> None:
-        """Leave the queue: the engine starts on this answer."""
+    def begin(self, token_texts: TokenTexts, can_draft: bool) -> None:
+        """Leave the queue: the engine starts on this answer; without heads it cannot draft, whatever was asked for."""
+        self._drafts = self.params.medusa and can_draft
         self.trace = Trace(token_texts)
         self.status = "running"
         self.revision += 1
@@ -74,7 +76,7 @@ class RunningAnswer:
             steps = self.trace.steps
             seconds = self._last_at - self._first_at
             return {
-                "medusa": self.params.medusa,
+                "medusa": self._drafts,
                 "generated_tokens": self._tokens,
                 "steps": len(steps),
                 "tokens_per_step": 1 + sum(step.num_accepted for step in steps) / len(steps) if steps else 1.0,

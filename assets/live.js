@@ -31,14 +31,16 @@ function buildPanel() {
     depths: el("div", { class: "depths" }),
     idle: el("div", { class: "idle" }),
   };
+  view.guesses = el("div", {},
+    el("h3", {}, "Accepted guesses, step by step"), view.recent,
+    el("h3", {}, "Accepted by depth"), view.depths);
   const legend = el("p", { class: "legend" },
     el("span", { class: "key accepted" }, "accepted"), el("span", { class: "key rejected" }, "checked, not kept"),
     el("span", { class: "key bonus" }, "the model's own"));
   view.work = el("div", { class: "work", hidden: true },
     view.caption, view.tree, view.added, legend,
     el("div", { class: "gauges" }, view.speed.node, view.perStep.node),
-    el("h3", {}, "Accepted guesses, step by step"), view.recent,
-    el("h3", {}, "Accepted by depth"), view.depths);
+    view.guesses);
   fillIdle(view.idle);
   view.panel = el("section", { class: "live-panel", "aria-label": "Medusa at work" }, el("h2", {}, "Medusa at work"), view.idle, view.work);
   return view;
@@ -76,9 +78,10 @@ function show(view, value) {
   const drafted = deepest(step.parents);
   setText(view.caption, drafted
     ? `Step ${step.number}: ${step.accepted} of ${drafted} guesses in a row accepted, ${step.parents.length - 1} checked`
-    : `Step ${step.number}: Medusa is off, one token a step`);
+    : `Step ${step.number}: without Medusa, one token a step`);
   view.tree.setAttribute("aria-label", `Candidate tree. ${view.caption.textContent}`);
   showAdded(view.added, step);
+  view.guesses.hidden = !value.medusa;
   setText(view.speed.number, value.tokens_per_second.toFixed(0));
   setText(view.perStep.number, value.tokens_per_step.toFixed(2));
   showRecent(view.recent, value.recent);

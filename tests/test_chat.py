@@ -95,6 +95,18 @@ def test_medusa_setting_reaches_the_engine_and_the_record(store, start) -> None:
     assert answer.settings["medusa"] is False and answer.stats["tokens_per_step"] == 1
 
 
+def test_engine_without_heads_is_not_called_medusa(store, start) -> None:
+    gate = threading.Semaphore(2)
+    session = start(FakeEngine(gate=gate, info=replace(INFO, has_heads=False)))
+    turn = session.send(None, "Why?", {"medusa": True, "max_tokens": 8})
+    answer = session.running(turn.conversation_id)
+    wait_until(lambda: len(answer.trace.steps) == 2)
+    assert answer.stats()["medusa"] is False
+    gate.release(20)
+    wait_for(session, turn.conversation_id)
+    assert store.message(turn.answer_id).stats["medusa"] is False
+
+
 def test_user_message_is_on_disk_before_the_engine_is_asked(store, start) -> None:
     seen: list[list[tuple[str, str]]] = []
 
