@@ -67,7 +67,12 @@ class NativeRunner:
     device = "cpu"
 
     def __init__(
-        self, config: BackboneConfig, weights: BackboneWeights, *, source_format: str, threads: NativeThreads | None = None
+        self,
+        config: BackboneConfig,
+        weights: BackboneWeights,
+        *,
+        source_format: str,
+        threads: NativeThreads | None = None,
     ) -> None:
         _check_shape(config)
         self.config = config
@@ -90,6 +95,7 @@ class NativeRunner:
         """Run the prompt in chunks; each is a chain, committed whole."""
         if not tokens:
             raise ValueError("A prompt of no tokens has no last hidden state; pass one token or more.")
+        self._check_room(len(tokens))
         hidden = torch.empty(0)
         for start in range(0, len(tokens), _PREFILL_ROWS):
             piece = torch.tensor(tokens[start : start + _PREFILL_ROWS], dtype=torch.int32)
@@ -145,10 +151,7 @@ class NativeRunner:
         config, rows = self.config, len(tokens)
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"A step of {rows} rows; 1 to {MAX_ROWS} are possible.")
-        if self.num_committed + depth + 1 > config.max_positions:
-            raise ContextLengthError(
-                f"{self.num_committed} tokens and {depth + 1} more do not fit the model's {config.max_positions} positions."
-            )
+        self._check_room(depth + 1)
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"Token {low if low < 0 else high} is not in 0..{config.vocab_size - 1}.")
@@ -162,6 +165,11 @@ class NativeRunner:
         assert status == 0, "every way to a bad call is checked above"
         self._num_nodes = rows
         return hidden
+
+    def _check_room(self, count: int) -> None:
+        here, limit = self.num_committed, self.config.max_positions
+        if here + count > limit:
+            raise ContextLengthError(f"{here} tokens and {count} more do not fit the model's {limit} positions.")
 
     def _create(self) -> int:
         config = self.config
@@ -237,7 +245,9 @@ def _check_shape(config: BackboneConfig) -> None:
     }
     for name, size in sizes.items():
         if size % BLOCK:
-            raise CpuKernelsUnavailableError(f"The C kernels need a {name} in blocks of {BLOCK}; this model's is {size}.")
+            raise CpuKernelsUnavailableError(
+                f"The C kernels need a {name} in blocks of {BLOCK}; this model's is {size}."
+            )
     if config.head_dim > 256:
         raise CpuKernelsUnavailableError(f"The C kernels take heads of up to 256; this model's are {config.head_dim}.")
 

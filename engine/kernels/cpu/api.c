@@ -8,9 +8,12 @@ struct Arena {
     uint8_t *memory;
 };
 
-const char *path_name(void) { return PATH_NAME; }
+const char *path_name(void) { return linear_start(); }
 
-void *threads_create(int num_threads) { return pool_create(num_threads); }
+void *threads_create(int num_threads) {
+    linear_start();
+    return pool_create(num_threads);
+}
 void threads_free(void *pool) { pool_free(pool); }
 
 Arena *arena_create(size_t bytes) {
@@ -94,6 +97,7 @@ static void linear_task(void *context, int thread, int num_threads) {
     pool_barrier(job->pool);
     for (int row = 0; row < job->rows; row++) best[row] = (Best){-INFINITY, -1};
     pool_share((job->matrix->n + TILE - 1) / TILE, thread, num_threads, &first, &last);
+    linear_begin(job->rows);
     for (int tile = first; tile < last; tile++)
         for (int row = 0; row < job->rows; row += CHUNK) {
             const int rows = job->rows - row < CHUNK ? job->rows - row : CHUNK;
@@ -101,6 +105,7 @@ static void linear_task(void *context, int thread, int num_threads) {
             if (job->y) write_tile(job, tile, row, rows, out);
             else keep_best(best + row, job, tile, rows, out);
         }
+    linear_end();
 }
 
 static LinearJob linear_job(Pool *pool, const Matrix *matrix, void *work) {

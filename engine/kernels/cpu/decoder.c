@@ -251,7 +251,9 @@ static void step_task(void *context, int thread, int num_threads) {
     pool_share(d->num_nodes, thread, num_threads, &first, &last);
     for (int row = first; row < last; row++)
         matrix_row(d->embedding, d->tokens[row], d->x + (size_t)row * (size_t)hidden);
+    linear_begin(d->num_nodes);
     for (int layer = 0; layer < d->config.layers; layer++) run_layer(d, layer, thread, num_threads);
+    linear_end();
     for (int row = first; row < last; row++)
         rms_norm(d->x + (size_t)row * (size_t)hidden, d->norm, hidden, d->config.eps, d->hidden + (size_t)row * (size_t)hidden);
 }

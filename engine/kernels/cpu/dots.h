@@ -89,7 +89,11 @@ INLINE vi dot_q8(const Codes *codes, const int8_t *x, int32_t correction) {
     return dot_groups(codes, x, _mm256_set1_epi32(correction));
 }
 #else
+#if defined(SIMD_AVX512)
+#define PATH_NAME "AVX512 without VNNI"
+#else
 #define PATH_NAME "AVX2"
+#endif
 INLINE void codes_q8(const uint8_t *packed, Codes *codes) {
     const __m256i offset = _mm256_set1_epi8(-128);
     for (int g = 0; g < GROUPS; g++)

@@ -46,6 +46,12 @@ void activations_place(Activations *activations, void *memory, int k);
 void quantize_block(const Activations *activations, int row, int block, const float *x);
 void quantize_row(const Activations *activations, int row, const float *x);
 
+/* Choose the instructions for this process and name them; call once before the rest. Then every thread brackets its
+ * work on tiles with begin, which is told of how many rows, and end. */
+const char *linear_start(void);
+void linear_begin(int num_rows);
+void linear_end(void);
+
 /* Outputs 16 tile .. 16 tile + 15 of rows 16 chunk .. + num_rows: out [num_rows][16]. */
 void linear_tile(const Matrix *matrix, int tile, const Activations *x, int chunk, int num_rows, float *out);
 

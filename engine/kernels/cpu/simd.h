@@ -17,7 +17,8 @@
 #include <immintrin.h>
 #endif
 
-#if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
+#if defined(ONLY_PORTABLE) /* for comparing with the rest */
+#elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512VL__) && defined(__AVX512DQ__)
 #define SIMD_AVX512 1
 typedef __m512 vf;
 typedef __m512i vi;
@@ -111,7 +112,9 @@ INLINE int vf_any_above(vf x, vf y) {
     return _mm256_movemask_ps(_mm256_or_ps(_mm256_cmp_ps(x.a, y.a, _CMP_GT_OQ), _mm256_cmp_ps(x.b, y.b, _CMP_GT_OQ)));
 }
 
-#else
+#endif
+
+#if !defined(SIMD_AVX512) && !defined(SIMD_AVX2)
 #define SIMD_PORTABLE 1
 typedef float vf __attribute__((vector_size(64), aligned(64)));
 typedef int32_t vi __attribute__((vector_size(64), aligned(64)));
