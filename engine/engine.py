@@ -101,6 +101,10 @@ class Engine:
         """Count the prompt that `messages` make."""
         return len(self._tokenizer.encode_chat(messages))
 
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Return each token as a label for people."""
+        return [self._tokenizer.token_text(token) for token in tokens]
+
     def stream(
         self, messages: Messages, params: SamplingParams, stop: threading.Event | None = None
     ) -> Iterator[GenerationChunk]:
@@ -163,7 +167,7 @@ class Engine:
     def _remember(self, prompt: list[int], answer: Sequence[int]) -> None:
         """Drop cached rows past the answer's end and note what the others hold."""
         text = [*prompt, *answer]
-        self._runner.truncate(len(text))
+        self._runner.truncate(min(len(text), self._runner.num_committed))
         self._cached = text[: self._runner.num_committed]
 
 

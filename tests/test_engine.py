@@ -120,7 +120,7 @@ def test_the_result_counts_what_happened(engine: Engine) -> None:
             for depth in range(1, max(step.num_accepted for step in steps) + 1)
         ]
     )
-    assert dataclasses.asdict(result)["weights"] == "Q4_1 as packed int4"
+    assert dataclasses.asdict(result)["weights"].startswith("Q4_1")
 
 
 def test_a_prompt_that_fills_the_context_is_refused(engine: Engine) -> None:
