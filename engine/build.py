@@ -75,6 +75,7 @@ def build_runner(
         return Built(build_torch_runner(config, weights, device, chosen, source_format), _head_linear(device))
     try:
         runner = NativeRunner(config, weights, source_format=source_format)
+        torch.set_num_threads(1)  # the kernels bring their own threads, and torch's would spin on the same cores
         return Built(runner, partial(NativeLinear.from_weight, runner.threads))
     except CpuKernelsUnavailableError as error:
         note = f"Slower torch operations are in use: {error}"

@@ -16,7 +16,7 @@ from engine.runner import Runner
 from engine.sampling import SamplingParams
 from engine.tree import CandidateTree
 
-PROMPTS = ["Write a haiku about rain.", "What is 17 * 3?", "Liste trois fruits, s'il vous plaît.", "def fibonacci(n):"]
+PROMPTS = ["Liste trois fruits, s'il vous plaît.", "What is 17 * 3?"]
 NUM_TOKENS = 24
 TREES = [
     CandidateTree.chain(1),
