@@ -219,11 +219,11 @@ def test_command_tells_errors_in_one_line(tmp_path: Path, lm_head: Tensor, capsy
     model = tiny_model(tmp_path / "model", lm_head)
     save_heads(tmp_path / "heads.safetensors", make_heads("own", width=16))
     common = ["--format", "vllm", "--out", str(tmp_path / "out")]
-    assert command("--heads", str(tmp_path / "heads.safetensors"), "--model", str(model), *common) == 1
+    assert command("--heads", str(tmp_path / "heads.safetensors"), "--model", str(model), *common) == 2
     assert "wide blocks" in capsys.readouterr().err
-    assert command("--heads", str(tmp_path / "gone"), "--model", str(model), *common) == 1
+    assert command("--heads", str(tmp_path / "gone"), "--model", str(model), *common) == 2
     assert "no such file" in capsys.readouterr().err
-    assert command("--heads", str(tmp_path / "heads.safetensors"), "--model", "some/hub-name", *common) == 1
+    assert command("--heads", str(tmp_path / "heads.safetensors"), "--model", "some/hub-name", *common) == 2
     captured = capsys.readouterr().err
     assert captured.count("\n") == 1 and "some/hub-name" in captured
 

@@ -22,7 +22,6 @@ import torch
 
 from engine.heads import HeadsConfig, MedusaHeads, parameter_count
 from engine.models.heads_file import load_heads, save_heads
-from engine.training import losses, ragged_attention, row_sampler
 from engine.training.batch_decoder import BatchDecoder
 from engine.training.calibrate import Calibration, calibrate, tokens_per_step, write_calibration
 from engine.training.chat_format import ChatFormat, read_chat_format
@@ -36,15 +35,15 @@ from engine.training.dataset import (
 )
 from engine.training.dense import TrainingModel, load_model
 from engine.training.dialogues import DialoguePlan, Script
-from engine.training.distill import DistillGoal, distill
-from engine.training.evaluate import greedy_answers
+from engine.training.distill import DistillGoal, distill, remember_queries
+from engine.training.evaluate import evaluation_prompts, greedy_answers
 from engine.training.filters import QueryFilter
+from engine.training.kernel_checks import check_kernels
 from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
 from engine.training.ranks import measure_ranks
-from engine.training.shards import ShardWriter, read_documents
+from engine.training.shards import ShardWriter
 
 SIZES = (1, 2, 4, 8, 16, 32, 63)
-EVAL_PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
 PART_BYTES = 15 * 2**20
 
 Report = Callable[[str], None]
@@ -84,60 +83,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def check_kernels(report: Report) -> None:
-    """Compare each Triton kernel with plain torch here and now; one that fails is not used."""
-    checks = ((ragged_attention, _attention_agrees), (row_sampler, _choice_agrees), (losses, _loss_agrees))
-    for module, agrees in checks:
-        try:
-            ok = agrees()
-        except Exception as error:  # whatever a compiler on a new machine raises: the plain path still works
-            report(f"{module.__name__}: {type(error).__name__}: {error}")
-            ok = False
-        if not ok:
-            module.triton = None
-        report(f"{module.__name__}: {'Triton kernel agrees' if ok else 'plain torch is used'}")
-
-
-def _attention_agrees() -> bool:
-    query, key, value = (torch.randn(64, heads, 64, device="cuda", dtype=torch.bfloat16) for heads in (9, 3, 3))
-    cache = torch.randn(2, 64, 3, 200, 64, device="cuda", dtype=torch.bfloat16)
-    other, position = cache.clone(), torch.arange(64, device="cuda") * 3
-    out = ragged_attention.attend_rows_triton(query, key, value, cache[0], cache[1], position)
-    expected = ragged_attention.attend_rows_plain(query, key, value, other[0], other[1], position)
-    return torch.allclose(out.float(), expected.float(), atol=0.03, rtol=0.03) and torch.equal(cache, other)
-
-
-def _choice_agrees() -> bool:
-    scores = (torch.randn(64, 49152, device="cuda") * 4).bfloat16()
-    temperature = torch.tensor([0.0, 0.7] * 32, device="cuda")
-    chosen = row_sampler.choose_tokens_triton(scores, temperature, 0.05, torch.zeros(1, dtype=torch.int64, device="cuda"))
-    picked = scores.gather(1, chosen[:, None])[:, 0]
-    is_best = picked == scores.amax(1)
-    likely = picked.float() >= scores.amax(1).float() + 0.7 * np.log(0.05) - 0.01
-    return bool(is_best[::2].all() and likely.all() and not is_best[1::2].all())
-
-
-def _loss_agrees() -> bool:
-    scores, teacher = ((torch.randn(50, 16384, device="cuda") * 3).bfloat16() for _ in range(2))
-    rows = torch.arange(50, device="cuda").flip(0)
-    gold, weight = torch.arange(-1, 49, device="cuda"), torch.rand(50, device="cuda")
-    weight[7] = 0
-    other = scores.clone()
-    loss, rank = losses.row_loss_triton(scores, teacher, rows, gold, weight)
-    expected, expected_rank = losses.row_loss_plain(other, teacher, rows, gold, weight)
-    close = torch.allclose(scores.float(), other.float(), atol=1e-4, rtol=0.02)
-    used = weight > 0
-    return close and torch.allclose(loss, expected, rtol=1e-3, atol=1e-3) and torch.equal(rank[used], expected_rank[used])
-
-
 def run_distil(
     args: argparse.Namespace, model: TrainingModel, chat: ChatFormat, report: Report, left: Callable[[], float]
 ) -> None:
     """Fill the data folder."""
     writer = ShardWriter(args.data, {"model": model.name}, args.shard_tokens)
-    queries = QueryFilter(read_prompts())
+    queries = QueryFilter(evaluation_prompts())
     if writer.num_shards:
-        remember_queries(args.data, queries, model, chat)
+        remember_queries(args.data, queries, model.tokenizer, chat)
     ends = sorted(model.tokenizer.end_token_ids)
     decoder = BatchDecoder(model.backbone, args.slots, args.capacity, ends, chat.default_opening)
     decoder.capture()
@@ -150,19 +103,6 @@ def run_distil(
         export_data(args.data, args.export, report)
     totals = {name: sum(shard[name] for shard in writer.index["shards"]) for name in ("documents", "tokens", "labels")}
     print(json.dumps({"data": totals, "rejected_turns": script.num_rejected}))
-
-
-def remember_queries(folder: Path, queries: QueryFilter, model: TrainingModel, chat: ChatFormat) -> None:
-    """Take the first queries of earlier runs as seen."""
-    opening = len(chat.default_opening)
-    for document in read_documents(folder):
-        stop = document.spans[0][0] - len(chat.to_answer) - 1
-        queries.remember(model.tokenizer.decode(document.tokens[opening:stop]))
-
-
-def read_prompts() -> list[str]:
-    """Return the evaluation prompts; data and calibration keep clear of them."""
-    return EVAL_PROMPTS.read_text().splitlines()
 
 
 def export_data(folder: Path, out: Path, report: Report, parts: int = 7, max_tokens: int = 40_000_000) -> None:
@@ -214,7 +154,7 @@ def run_train(
     token_map = most_used_tokens(train, min(args.draft_vocab, vocab), vocab)
     vocabulary = Vocabulary(model, token_map)
     report(f"{train.num_documents:,} documents, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
-    prompts = read_prompts()[: args.eval_prompts]
+    prompts = evaluation_prompts()[: args.eval_prompts]
     evaluated = build_cache(model, greedy_answers(model, chat, prompts, args.eval_tokens))
     report(f"{len(prompts)} evaluation prompts answered greedily, {evaluated.num_tokens:,} tokens")
     held_cache = build_cache(model, held)
@@ -257,7 +197,8 @@ def train_variant(
     plan = TrainingPlan(epochs=args.epochs, seconds=seconds, learning_rate=args.learning_rate)
     report(f"{variant.name}: {parameter_count(heads):,} parameters, {seconds:.0f} s")
     checkpoint = args.work / f"{variant.name}.ckpt"
-    figures = HeadTrainer(heads, vocabulary, cache, plan, checkpoint).run(lambda line: report(f"{variant.name}: {line}"))
+    trainer = HeadTrainer(heads, vocabulary, cache, plan, checkpoint)
+    figures = trainer.run(lambda line: report(f"{variant.name}: {line}"))
     return heads, figures
 
 
@@ -291,7 +232,9 @@ def finish_variant(
         "top1": top1,
         "top5": top5,
         "tokens_per_step": dict(zip(map(str, SIZES), steps, strict=True)),
-        "held_back_tokens_per_step": {str(size): calibration.expected[size] for size in SIZES if _has(calibration, size)},
+        "held_back_tokens_per_step": {
+            str(size): calibration.expected[size] for size in SIZES if _has(calibration, size)
+        },
         "estimator_scores": calibration.scores,
         "file_bytes": path.stat().st_size,
     }
@@ -323,9 +266,8 @@ def carry(args: argparse.Namespace, report: Report) -> None:
 
 def print_table(rows: Sequence[dict]) -> None:
     """Print one line a variant."""
-    print("variant | parameters | epochs | loss | tokens/s | top-1 by head | top-5 by head | tokens/step at " + "/".join(
-        map(str, SIZES)
-    ))
+    sizes = "/".join(map(str, SIZES))
+    print(f"variant | parameters | epochs | loss | tokens/s | top-1 by head | top-5 by head | tokens/step at {sizes}")
     for row in rows:
         top1, top5 = (" ".join(f"{value:.3f}" for value in row[name]) for name in ("top1", "top5"))
         steps = " / ".join(f"{value:.2f}" for value in row["tokens_per_step"].values())

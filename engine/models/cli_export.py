@@ -56,7 +56,7 @@ def run(args: argparse.Namespace) -> int:
         )
     except EngineError as error:
         print(error, file=sys.stderr)
-        return 1
+        return 2
     for note in [*checkpoint.notes, *notes]:
         print(note, file=sys.stderr)
     print(f"Wrote {checkpoint.heads.config.num_heads} heads as {args.format} to {args.out}.")

@@ -39,7 +39,7 @@ class Calibration:
 
 def independent(ranks: np.ndarray) -> Chance:
     """Each head's rank accuracies, multiplied along the path."""
-    shares = [np.bincount(column, minlength=MISSED + 1) / max(1, len(column)) for column in ranks.T]
+    shares = [_shares(column) for column in ranks.T]
     return lambda path: float(np.prod([shares[depth][rank] for depth, rank in enumerate(path)]))
 
 
@@ -120,7 +120,7 @@ def calibrate(measured: AnswerRanks, sizes: Sequence[int] = (4, 8, 16, 63)) -> C
         expected=[1.0, *tokens_per_step(order, measured, range(1, len(order) + 1))],
         estimator=best,
         scores=scores,
-        accuracy=[(np.bincount(column, minlength=MISSED + 1)[:10] / max(1, len(column))).tolist() for column in ranks.T],
+        accuracy=[_shares(column)[:10].tolist() for column in ranks.T],
         num_answers=measured.num_answers,
         num_positions=len(ranks),
     )
@@ -145,6 +145,10 @@ def write_calibration(path: Path, calibration: Calibration, about: dict[str, obj
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(content) + "\n")
     os.replace(unfinished, path)
+
+
+def _shares(ranks: np.ndarray) -> np.ndarray:
+    return np.bincount(ranks, minlength=MISSED + 1) / max(1, len(ranks))
 
 
 def _nodes_needed(order: Sequence[Choice], ranks: np.ndarray) -> np.ndarray:

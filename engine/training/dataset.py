@@ -21,6 +21,7 @@ __all__ = [
     "TextSet",
     "build_cache",
     "count_runs",
+    "hold_back",
     "load_text",
     "most_used_tokens",
     "split_text",
@@ -28,6 +29,7 @@ __all__ = [
 ]
 
 MAX_RUN = 32
+HELD_BACK = 1500  # conversations, or a tenth of them where that is less
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,11 @@ def split_text(text: TextSet, held_back: int, seed: int = 0) -> tuple[TextSet, T
     is_held = torch.zeros(text.num_documents, dtype=torch.bool)
     is_held[chosen] = True
     return text.select((~is_held).nonzero().flatten()), text.select(chosen)
+
+
+def hold_back(text: TextSet) -> tuple[TextSet, TextSet]:
+    """Split a data folder's text as the commands do: (to train on, greedy conversations that calibration may use)."""
+    return split_text(text, max(1, min(HELD_BACK, text.num_documents // 10)))
 
 
 def most_used_tokens(text: TextSet, count: int, vocab_size: int) -> Tensor:

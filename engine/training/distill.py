@@ -4,15 +4,20 @@ The host looks at the slots a few steps behind the device: while it decides how 
 already queued.
 """
 
+import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 
+from engine.models.tokenizer import ChatTokenizer
 from engine.training.batch_decoder import BatchDecoder, Placement, Snapshot
+from engine.training.chat_format import ChatFormat
 from engine.training.dialogues import Dialogue, Script
-from engine.training.shards import Document, ShardWriter
+from engine.training.filters import QueryFilter
+from engine.training.shards import Document, ShardWriter, read_documents
 
-__all__ = ["DistillGoal", "answer_all", "distill"]
+__all__ = ["DistillGoal", "answer_all", "distill", "remember_queries"]
 
 POLL_STEPS = 8
 REPORT_SECONDS = 5.0
@@ -78,6 +83,7 @@ def distill(
     script.keep = writer.add
     floor = _Floor(decoder, script)
     start, reported, before = time.monotonic(), 0.0, writer.num_tokens
+    wanted = f" of {goal.tokens:,}" if goal.tokens < sys.maxsize else ""  # prompts from a file may be all there is
     floor.open()
     waiting: Snapshot | None = None
     round_number = 0
@@ -93,7 +99,7 @@ def distill(
             reported = seconds
             made = writer.num_tokens - before
             report(
-                f"{writer.num_tokens:,} of {goal.tokens:,} tokens kept ({writer.num_labels:,} answered), "
+                f"{writer.num_tokens:,}{wanted} tokens kept ({writer.num_labels:,} answered), "
                 f"{made / max(seconds, 1e-9):,.0f} tokens/s, {round_number * POLL_STEPS} steps, "
                 f"{script.num_rejected:,} turns rejected, {len(floor.dialogues)} open"
             )
@@ -115,3 +121,11 @@ def answer_all(decoder: BatchDecoder, script: Script) -> list[Document]:
         floor.attend(decoder.snapshot(), round_number, round_number)
         round_number += 1
     return documents
+
+
+def remember_queries(folder: Path, queries: QueryFilter, tokenizer: ChatTokenizer, chat: ChatFormat) -> None:
+    """Take the first queries of earlier runs as seen."""
+    opening = len(chat.default_opening)
+    for document in read_documents(folder):
+        stop = document.spans[0][0] - len(chat.to_answer) - 1
+        queries.remember(tokenizer.decode(document.tokens[opening:stop]))

@@ -1,6 +1,7 @@
 """Tokens per step of heads on the model's own greedy answers to given prompts."""
 
 from collections.abc import Sequence
+from pathlib import Path
 from random import Random
 
 from engine.training.batch_decoder import BatchDecoder
@@ -11,7 +12,14 @@ from engine.training.dialogues import DialoguePlan, GivenPrompt, Script
 from engine.training.distill import answer_all
 from engine.training.filters import QueryFilter
 
-__all__ = ["greedy_answers"]
+__all__ = ["evaluation_prompts", "greedy_answers"]
+
+_PROMPTS = Path(__file__).resolve().parents[1] / "bench" / "prompts" / "eval.txt"
+
+
+def evaluation_prompts() -> list[str]:
+    """Return the prompts that heads are judged by; data and calibration keep clear of them."""
+    return _PROMPTS.read_text(encoding="utf-8").splitlines()
 
 
 def greedy_answers(

@@ -1,7 +1,7 @@
 """The heads' loss: half hard label, half the backbone's own distribution, over the output vocabulary.
 
-Scores over the vocabulary are the largest tensors of training, so they live only inside this function: the gradient with
-respect to the features is computed on the spot, chunk by chunk, and the backward pass only scales it.
+Scores over the vocabulary are the largest tensors of training, so they live only inside this function: the gradient
+with respect to the features is computed on the spot, chunk by chunk, and the backward pass only scales it.
 """
 
 from typing import Any

@@ -45,7 +45,7 @@ class TrainingPlan:
 class Vocabulary:
     """The draft vocabulary over one model: its `lm_head` rows and where each token stands in it.
 
-    `rows` [draft vocab, hidden]; `place` int64 [vocab], IGNORED outside; `embeddings` [vocab, hidden] as heads see them.
+    `rows` [draft vocab, hidden]; `place` int64 [vocab], IGNORED outside; `embeddings` [vocab, hidden]: seen by heads.
     """
 
     def __init__(self, model: TrainingModel, token_map: Tensor | None) -> None:

@@ -1,8 +1,8 @@
 """Self-made conversations on disk: shards of token ids with a loss mask, and an index that says what is complete.
 
-A shard is one safetensors file: `tokens` of all documents in a row, `labels` (1 where the model answered), `lengths` and
-`greedy` by document, `source` (number of the given prompt, or -1). The index is replaced as a whole after each shard, so
-a killed run leaves only complete shards in it.
+A shard is one safetensors file: `tokens` of all documents in a row, `labels` (1 where the model answered), `lengths`
+and `greedy` by document, `source` (number of the given prompt, or -1). The index is replaced as a whole after each
+shard, so a killed run leaves only complete shards in it.
 """
 
 import json

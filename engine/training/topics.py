@@ -11,7 +11,8 @@ __all__ = ["draw_request", "draw_system_line", "draw_topic"]
 _SUBJECTS = """
 astronomy|gardening|the French Revolution|sourdough bread|machine learning|the stock market|volcanoes|chess|jazz music|
 the human heart|recycling|ancient Rome|photography|electric cars|the immune system|coffee|job interviews|black holes|
-poetry|Python programming|JavaScript|SQL databases|home insurance|yoga|climate change|the Cold War|hiking|time management|
+poetry|Python programming|JavaScript|SQL databases|home insurance|yoga|climate change|the Cold War|hiking|
+time management|
 cats|dogs|beekeeping|the water cycle|fractions|probability|linear equations|geometry|the solar system|photosynthesis|
 DNA|vaccines|sleep|stress|friendship|public speaking|learning a language|Spanish cooking|Italian food|vegetarian meals|
 a birthday party|a wedding|moving to a new city|saving money|renting a flat|buying a used car|bicycles|trains|airports|
@@ -19,7 +20,8 @@ Japan|Brazil|Egypt|Kenya|India|Canada|Iceland|the Amazon rainforest|coral reefs|
 robots|computer security|passwords|operating systems|web design|mobile phones|video games|board games|football|
 basketball|swimming|running a marathon|weight training|nutrition|allergies|headaches|first aid|dentists|eyesight|
 childhood|raising teenagers|school exams|university|history essays|philosophy|ethics|logic puzzles|riddles|jokes|
-Shakespeare|fairy tales|science fiction|detective stories|dragons|pirates|ghosts|knights|wizards|space travel|time travel|
+Shakespeare|fairy tales|science fiction|detective stories|dragons|pirates|ghosts|knights|wizards|space travel|
+time travel|
 painting|sculpture|architecture|museums|opera|guitars|pianos|singing|film making|theatre|dance|fashion|shoes|jewellery|
 small business|marketing|customer complaints|teamwork|remote work|leadership|salaries|taxes|inflation|banks|elections|
 democracy|human rights|law courts|copyright|newspapers|social media|advertising|privacy|loneliness|happiness|grief|
@@ -63,7 +65,8 @@ Write an email to {p} about {}.|Write a letter about {}.|Write a blog post about
 How does {} work?|Why is {} important?|How do I get started with {}?|How can I learn more about {}?|
 Compare {} and {}.|What is the difference between {} and {}?|Describe {} in detail.|Describe the history of {}.|
 Write a dialogue between {p} and {p} about {}.|Imagine you are {p}. Talk about {}.|You are {p}. Give advice about {}.|
-Write a Python program about {}.|Write a function that has to do with {} and explain it.|Make a plan about {} for a week.|
+Write a Python program about {}.|Write a function that has to do with {} and explain it.|
+Make a plan about {} for a week.|
 Write a speech about {}.|Write a song about {}.|What are common mistakes about {}?|Give an introduction to {}.|
 What is the best way to deal with {}?|Write a product description about {}.|Write a quiz about {} with answers.|
 Can you help me with {}?|Tell me about {}.|Summarize what is known about {}.|Make a table about {} and {}.|

@@ -1,0 +1,94 @@
+"""The `calibrate` subcommand: measure draft heads and choose their candidate trees, as JSON beside the heads."""
+
+import argparse
+from pathlib import Path
+from random import Random
+
+from engine.errors import InvalidParameterError
+from engine.models.head_formats import Target, read_heads
+from engine.nested_tree import tree_file
+from engine.training.calibrate import Calibration, calibrate, write_calibration
+from engine.training.chat_format import read_chat_format
+from engine.training.cli_options import (
+    Report,
+    add_base_options,
+    at_least,
+    existing_folder,
+    open_model,
+    reporter,
+    told_in_a_sentence,
+)
+from engine.training.dataset import TextSet, build_cache, hold_back, load_text
+from engine.training.dense import TrainingModel
+from engine.training.evaluate import evaluation_prompts, greedy_answers
+from engine.training.filters import QueryFilter
+from engine.training.medusa1 import Vocabulary
+from engine.training.ranks import measure_ranks
+from engine.training.topics import draw_request
+
+__all__ = ["EPILOG", "add_arguments", "run"]
+
+EPILOG = """\
+Where each head ranks the tokens that really follow decides which guesses are worth a place in the tree. Without --data
+the model answers prompts made for this; with it, the conversations that `train` held back from the same folder serve.
+
+example:
+  python launcher.py calibrate --heads heads.safetensors"""
+
+ANSWERS = {"cuda": 200, "cpu": 24}
+SEED = 77  # other requests than distillation draws first
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declare what `calibrate` takes."""
+    add_base_options(parser)
+    parser.add_argument("--heads", required=True, type=Path, metavar="HEADS", help="heads in any layout this app loads")
+    parser.add_argument("--data", type=existing_folder, metavar="DIR", help="use the conversations held back there")
+    parser.add_argument("--answers", type=at_least(2), metavar="N", help="prompts to answer (default: by device)")
+    parser.add_argument(
+        "--max-answer", type=at_least(8), default=256, metavar="N", help="longest of these answers (default: 256)"
+    )
+
+
+@told_in_a_sentence
+def run(args: argparse.Namespace) -> int:
+    """Measure, choose, write the calibration; returns the exit code."""
+    if not args.heads.exists():
+        raise InvalidParameterError(f"There are no heads at {args.heads}; train some or check the path.")
+    report = reporter()
+    text = hold_back(load_text(args.data))[1] if args.data is not None else None
+    model = open_model(args.model, args.device, report)
+    config = model.backbone.config
+    checkpoint = read_heads(
+        args.heads, Target(config.hidden_size, config.vocab_size, model.name, lambda: model.lm_head_weight.cpu())
+    )
+    for note in checkpoint.notes:
+        report(note)
+    heads = checkpoint.heads.float().to(model.device)
+    text = _own_answers(args, model, report) if text is None else text
+    measured = measure_ranks(heads, build_cache(model, text), Vocabulary(model, heads.token_map))
+    if measured.num_answers < 2:
+        raise InvalidParameterError(f"{measured.num_answers} answers are too few to calibrate on; leave --data out.")
+    calibration = calibrate(measured)
+    path = tree_file(args.heads)
+    write_calibration(path, calibration, {"heads": args.heads.name, "model": model.name})
+    print(f"Wrote {path}: {_worth(calibration)}.")
+    return 0
+
+
+def _own_answers(args: argparse.Namespace, model: TrainingModel, report: Report) -> TextSet:
+    queries, random = QueryFilter(evaluation_prompts()), Random(SEED)
+    wanted = args.answers or ANSWERS[model.device.type]
+    prompts: list[str] = []
+    while len(prompts) < wanted:
+        request = draw_request(random)
+        if queries.accept(request):
+            prompts.append(request)
+    report(f"answering {wanted} prompts to measure on")
+    return greedy_answers(model, read_chat_format(model.tokenizer), prompts, args.max_answer)
+
+
+def _worth(calibration: Calibration) -> str:
+    sizes = [size for size in (4, 8, 16, 63) if size < len(calibration.expected)]
+    figures = ", ".join(f"{calibration.expected[size]:.2f} with {size}" for size in sizes)
+    return f"expected tokens per step {figures} nodes, measured on {calibration.num_positions:,} positions"

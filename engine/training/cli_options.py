@@ -1,0 +1,87 @@
+"""What the training commands share: value checks, the progress line, and errors as one sentence with exit code 2."""
+
+import argparse
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from engine.build import choose_device
+from engine.errors import EngineError
+from engine.training.dense import TrainingModel, load_model
+from engine.training.kernel_checks import check_kernels
+
+__all__ = ["Report", "add_base_options", "at_least", "existing_folder", "open_model", "reporter", "told_in_a_sentence"]
+
+BAD_INPUT = 2
+Report = Callable[[str], None]
+Command = Callable[[argparse.Namespace], int]
+
+
+def add_base_options(parser: argparse.ArgumentParser) -> None:
+    """Add --model and --device."""
+    parser.add_argument(
+        "--model", default="bundled", metavar="NAME|PATH", help="bundled (default) or the path of a .gguf file"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
+    )
+
+
+def at_least(low: float, kind: type = int) -> Callable[[str], float]:
+    """Return an argparse type for numbers of `kind` not below `low`."""
+
+    def convert(text: str) -> float:
+        try:
+            value = kind(text)
+        except ValueError:
+            value = None
+        if value is None or not value >= low:
+            what = "a whole number" if kind is int else "a number"
+            raise argparse.ArgumentTypeError(f"{text!r} is not {what} of {low} or more")
+        return value
+
+    return convert
+
+
+def reporter() -> Report:
+    """Return a function that writes lines with the seconds since now to standard error."""
+    start = time.monotonic()
+    return lambda line: print(f"[{time.monotonic() - start:7.1f} s] {line}", file=sys.stderr, flush=True)
+
+
+def open_model(model: str, device: str, report: Report) -> TrainingModel:
+    """Load a model for training on the chosen device."""
+    chosen = choose_device(device)
+    torch.set_float32_matmul_precision("highest")
+    loaded = load_model(model, chosen)
+    report(f"{loaded.name} loaded on {chosen}")
+    if chosen == "cuda":
+        check_kernels(report)
+    return loaded
+
+
+def told_in_a_sentence(command: Command) -> Command:
+    """Wrap a command: what a person can act on becomes one line on standard error and exit code 2."""
+
+    def run(args: argparse.Namespace) -> int:
+        try:
+            return command(args)
+        except (EngineError, OSError) as error:
+            sentence = str(error)
+        except torch.OutOfMemoryError as error:
+            sentence = f"The device ran out of memory ({error}); close other programs or lower the limits in --help."
+        print(" ".join(sentence.split()), file=sys.stderr)
+        return BAD_INPUT
+
+    return run
+
+
+def existing_folder(text: str) -> Path:
+    """Convert as an argparse type; the folder has to be there."""
+    path = Path(text).expanduser()
+    if not path.is_dir():
+        raise argparse.ArgumentTypeError(f"there is no folder {path}")
+    return path
