@@ -1,6 +1,8 @@
 /* Memory for weights, and the linears and searches that stand on their own. */
 #include "api.h"
 
+#include <limits.h>
+
 #include "dots.h"
 
 struct Arena {
@@ -54,6 +56,8 @@ void matrix_values(const Matrix *matrix, const int64_t *rows, int num_rows, floa
     for (int i = 0; i < num_rows; i++) matrix_row(matrix, (int)rows[i], out + (size_t)i * (size_t)matrix->k);
 }
 
+enum { TILES_PER_ITEM = 8 };
+
 typedef struct {
     float value;
     int index;
@@ -77,34 +81,43 @@ static void write_tile(const LinearJob *job, int tile, int row, int rows, const 
         memcpy(job->y + (size_t)(row + r) * (size_t)n + (size_t)(tile * TILE), out + r * TILE, sizeof(float) * (size_t)width);
 }
 
+/* Tiles come in any order, so equals are told apart by their index. */
+static int is_better(Best a, Best b) { return a.value > b.value || (a.value == b.value && a.index < b.index); }
+
 static void keep_best(Best *best, const LinearJob *job, int tile, int rows, const float *out) {
     const int left = job->matrix->n - tile * TILE, width = left < TILE ? left : TILE;
     for (int r = 0; r < rows; r++) {
-        if (width == TILE && !vf_any_above(vf_load(out + r * TILE), vf_set1(best[r].value))) continue;
-        for (int i = 0; i < width; i++)
-            if (out[r * TILE + i] > best[r].value) best[r] = (Best){out[r * TILE + i], tile * TILE + i};
+        const int is_earlier = tile * TILE < best[r].index; /* where an equal value wins */
+        const int may_win = is_earlier || vf_any_above(vf_load(out + r * TILE), vf_set1(best[r].value));
+        for (int i = 0; i < width && may_win; i++) {
+            const Best candidate = {out[r * TILE + i], tile * TILE + i};
+            if (is_better(candidate, best[r])) best[r] = candidate;
+        }
     }
 }
 
-static void linear_task(void *context, int thread, int num_threads) {
-    const LinearJob *job = context;
-    Best *best = job->best + thread * MAX_ROWS;
-    int first, last;
+static void linear_tiles(const LinearJob *job, int item, Best *best) {
     _Alignas(64) float out[CHUNK * TILE];
-    pool_share(job->rows, thread, num_threads, &first, &last);
-    for (int row = first; row < last; row++)
-        quantize_row(&job->activations, row, job->x + (size_t)row * (size_t)job->matrix->k);
-    pool_barrier(job->pool);
-    for (int row = 0; row < job->rows; row++) best[row] = (Best){-INFINITY, -1};
-    pool_share((job->matrix->n + TILE - 1) / TILE, thread, num_threads, &first, &last);
-    linear_begin(job->rows);
-    for (int tile = first; tile < last; tile++)
+    const int tiles = (job->matrix->n + TILE - 1) / TILE, first = item * TILES_PER_ITEM;
+    for (int tile = first; tile < first + TILES_PER_ITEM && tile < tiles; tile++)
         for (int row = 0; row < job->rows; row += CHUNK) {
             const int rows = job->rows - row < CHUNK ? job->rows - row : CHUNK;
             linear_tile(job->matrix, tile, &job->activations, row / CHUNK, rows, out);
             if (job->y) write_tile(job, tile, row, rows, out);
             else keep_best(best + row, job, tile, rows, out);
         }
+}
+
+static void linear_task(void *context, int thread, int num_threads) {
+    const LinearJob *job = context;
+    const int tiles = (job->matrix->n + TILE - 1) / TILE;
+    Walk walk = pool_enter(job->pool, thread);
+    (void)num_threads;
+    FOR_EACH_ITEM(&walk, row, job->rows)
+        quantize_row(&job->activations, row, job->x + (size_t)row * (size_t)job->matrix->k);
+    linear_begin(job->rows);
+    FOR_EACH_ITEM(&walk, item, (tiles + TILES_PER_ITEM - 1) / TILES_PER_ITEM)
+        linear_tiles(job, item, job->best + thread * MAX_ROWS);
     linear_end();
 }
 
@@ -124,25 +137,25 @@ void linear_run(Pool *pool, const Matrix *matrix, const float *x, int rows, floa
     }
 }
 
-/* Threads hold rising ranges of outputs, so a later one wins only with a larger value. */
 void linear_argmax(Pool *pool, const Matrix *matrix, const float *x, int rows, int64_t *best, void *work) {
+    const Best none = {-INFINITY, INT_MAX};
     LinearJob job = linear_job(pool, matrix, work);
     for (int row = 0; row < rows; row += MAX_ROWS) {
         job.rows = rows - row < MAX_ROWS ? rows - row : MAX_ROWS;
         job.x = x + (size_t)row * (size_t)matrix->k;
+        for (int i = 0; i < pool_size(pool) * MAX_ROWS; i++) job.best[i] = none;
         pool_run(pool, linear_task, &job);
         for (int r = 0; r < job.rows; r++) {
-            Best winner = job.best[r];
-            for (int thread = 1; thread < pool_size(pool); thread++) {
-                const Best other = job.best[thread * MAX_ROWS + r];
-                if (other.value > winner.value) winner = other;
-            }
-            best[row + r] = winner.index < 0 ? 0 : winner.index; /* a row of NaN has no largest */
+            Best winner = none;
+            for (int thread = 0; thread < pool_size(pool); thread++)
+                if (is_better(job.best[thread * MAX_ROWS + r], winner)) winner = job.best[thread * MAX_ROWS + r];
+            best[row + r] = winner.index < matrix->n ? winner.index : 0; /* a row of NaN has no largest */
         }
     }
 }
 
 typedef struct {
+    Pool *pool;
     const float *x;
     int rows, n, k;
     float *values;
@@ -171,14 +184,14 @@ static void top_k_row(const float *x, int n, int k, float *values, int64_t *indi
 
 static void top_k_task(void *context, int thread, int num_threads) {
     const TopKJob *job = context;
-    int first, last;
-    pool_share(job->rows, thread, num_threads, &first, &last);
-    for (int row = first; row < last; row++)
+    Walk walk = pool_enter(job->pool, thread);
+    (void)num_threads;
+    FOR_EACH_ITEM(&walk, row, job->rows)
         top_k_row(job->x + (size_t)row * (size_t)job->n, job->n, job->k, job->values + (size_t)row * (size_t)job->k,
                   job->indices + (size_t)row * (size_t)job->k);
 }
 
 void top_k(Pool *pool, const float *x, int rows, int n, int k, float *values, int64_t *indices) {
-    TopKJob job = {x, rows, n, k, values, indices};
-    pool_run(pool, top_k_task, &job);
+    TopKJob job = {pool, x, rows, n, k, values, indices};
+    if (rows) pool_run(pool, top_k_task, &job);
 }

@@ -219,19 +219,34 @@ static void compute(const Rows *rows) {
     }
 }
 
-void attention_rows(const Attention *a, int layer, int first, int last, float *work) {
-    const int per_head = a->num_nodes * a->group;
+/* Rows of one item: enough items for all threads, and as many rows as share their reads within one. */
+static int rows_per_item(const Attention *a, int num_threads) {
+    const int even = a->num_heads * a->num_nodes / (2 * num_threads);
+    return even < 1 ? 1 : even > MOST_ROWS ? MOST_ROWS : even;
+}
+
+static int items_per_head(const Attention *a, int num_threads) {
+    const int rows = rows_per_item(a, num_threads);
+    return (a->num_nodes * a->group + rows - 1) / rows;
+}
+
+int attention_items(const Attention *a, int num_threads) {
+    return a->cache->num_heads * items_per_head(a, num_threads);
+}
+
+void attention_item(const Attention *a, int layer, int item, int num_threads, float *work) {
+    const int per_head = a->num_nodes * a->group, per_item = rows_per_item(a, num_threads);
     Rows rows = {.a = a, .layer = layer, .stride = row_stride(a->length + a->num_nodes)};
     rows.scores = work;
     rows.node_scores = rows.scores + MOST_ROWS * rows.stride;
     rows.out = rows.node_scores + MOST_ROWS * SCRATCH_KEYS;
-    while (first < last) {
-        rows.head = first / per_head;
-        rows.first = first % per_head;
-        int left = per_head - rows.first;
-        if (left > last - first) left = last - first;
+    rows.head = item / items_per_head(a, num_threads);
+    rows.first = item % items_per_head(a, num_threads) * per_item;
+    int left = per_head - rows.first < per_item ? per_head - rows.first : per_item;
+    while (left > 0) {
         for (rows.kernel = KERNELS; rows.kernel->rows > left;) rows.kernel++;
         compute(&rows);
-        first += rows.kernel->rows;
+        rows.first += rows.kernel->rows;
+        left -= rows.kernel->rows;
     }
 }

@@ -25,7 +25,8 @@ typedef struct {
 /* Floats of work memory that a thread needs for texts of `length` positions, nodes included. */
 size_t attention_work(int length);
 
-/* Compute rows [first, last) of `num_heads * num_nodes`, counted in the order of `query`. */
-void attention_rows(const Attention *attention, int layer, int first, int last, float *work);
+/* The rows of a layer, `num_heads * num_nodes`, counted in the order of `query`, are shared out as items. */
+int attention_items(const Attention *attention, int num_threads);
+void attention_item(const Attention *attention, int layer, int item, int num_threads, float *work);
 
 #endif

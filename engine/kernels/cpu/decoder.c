@@ -10,6 +10,8 @@
 
 #define BLOCK 32
 
+enum { MAX_HEAD_DIM = 256 };
+
 struct Decoder {
     DecoderConfig config;
     DecoderLayer *layers;
@@ -100,31 +102,30 @@ static void tile_all_rows(const Decoder *d, const Matrix *matrix, int tile, cons
     }
 }
 
-static void rms_norm(const float *x, const float *weight, int size, float eps, float *out) {
+static vf norm_scale(const Decoder *d, const float *x) {
     vf squares = vf_zero();
-    for (int i = 0; i < size; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
-    const vf scale = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)size + eps));
-    for (int i = 0; i < size; i += LANES)
+    for (int i = 0; i < d->config.hidden; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
+    return vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)d->config.hidden + d->config.eps));
+}
+
+static void norm_row(const Decoder *d, const float *weight, int row, float *out) {
+    const float *x = d->x + (size_t)row * (size_t)d->config.hidden;
+    const vf scale = norm_scale(d, x);
+    for (int i = 0; i < d->config.hidden; i += LANES)
         vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
 }
 
-static void norm_rows(const Decoder *d, const float *weight, int thread, int num_threads) {
-    const int hidden = d->config.hidden;
-    float normed[BLOCK];
-    int first, last;
-    pool_share(d->num_nodes, thread, num_threads, &first, &last);
-    for (int row = first; row < last; row++) {
-        const float *x = d->x + (size_t)row * (size_t)hidden;
-        vf squares = vf_zero();
-        for (int i = 0; i < hidden; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
-        const vf scale = vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)hidden + d->config.eps));
-        for (int block = 0; block < hidden / BLOCK; block++) {
-            for (int i = 0; i < BLOCK; i += LANES) {
-                const int at = block * BLOCK + i;
-                vf_store(normed + i, vf_mul(vf_mul(vf_load(x + at), scale), vf_load(weight + at)));
-            }
-            quantize_block(&d->to_layer, row, block, normed);
+/* Norm a row and quantise it for the layer's linears. */
+static void norm_to_layer(const Decoder *d, const float *weight, int row) {
+    const float *x = d->x + (size_t)row * (size_t)d->config.hidden;
+    const vf scale = norm_scale(d, x);
+    for (int block = 0; block < d->config.hidden / BLOCK; block++) {
+        float normed[BLOCK];
+        for (int i = 0; i < BLOCK; i += LANES) {
+            const int at = block * BLOCK + i;
+            vf_store(normed + i, vf_mul(vf_mul(vf_load(x + at), scale), vf_load(weight + at)));
         }
+        quantize_block(&d->to_layer, row, block, normed);
     }
 }
 
@@ -159,18 +160,18 @@ static void keep_query(const Decoder *d, int head, int row, float *values) {
 }
 
 /* Compute one head's query, key or value of all rows and put it where attention finds it. */
-static void project_head(Decoder *d, int layer, int job, float *tiles, float *values) {
+static void project_head(Decoder *d, int layer, int job) {
     const DecoderConfig *c = &d->config;
     const DecoderLayer *weights = &d->layers[layer];
     const int is_query = job < c->heads, is_key = !is_query && job < c->heads + c->kv_heads, dim = c->head_dim;
     const int head = is_query ? job : (job - c->heads) % c->kv_heads;
     const Matrix *matrix = is_query ? weights->query : is_key ? weights->key : weights->value;
+    _Alignas(64) float tiles[MAX_HEAD_DIM / TILE][MAX_ROWS * TILE], values[MAX_HEAD_DIM];
     for (int tile = 0; tile < dim / TILE; tile++)
-        tile_all_rows(d, matrix, head * dim / TILE + tile, &d->to_layer, tiles + tile * MAX_ROWS * TILE);
+        tile_all_rows(d, matrix, head * dim / TILE + tile, &d->to_layer, tiles[tile]);
     for (int row = 0; row < d->num_nodes; row++) {
         int slot;
-        for (int tile = 0; tile < dim / TILE; tile++)
-            vf_store(values + tile * TILE, vf_load(tiles + (tile * MAX_ROWS + row) * TILE));
+        for (int tile = 0; tile < dim / TILE; tile++) vf_store(values + tile * TILE, vf_load(tiles[tile] + row * TILE));
         if (is_query) {
             keep_query(d, head, row, values);
             continue;
@@ -183,17 +184,13 @@ static void project_head(Decoder *d, int layer, int job, float *tiles, float *va
     }
 }
 
-/* x += matrix times the quantised input, tile by tile. */
-static void project_back(Decoder *d, const Matrix *matrix, const Activations *input, int thread, int num_threads) {
+/* x += matrix times the quantised input, for 16 outputs of all rows. */
+static void project_back(Decoder *d, const Matrix *matrix, const Activations *input, int tile) {
     _Alignas(64) float out[MAX_ROWS * TILE];
-    int first, last;
-    pool_share(d->config.hidden / TILE, thread, num_threads, &first, &last);
-    for (int tile = first; tile < last; tile++) {
-        tile_all_rows(d, matrix, tile, input, out);
-        for (int row = 0; row < d->num_nodes; row++) {
-            float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
-            vf_store(x, vf_add(vf_load(x), vf_load(out + row * TILE)));
-        }
+    tile_all_rows(d, matrix, tile, input, out);
+    for (int row = 0; row < d->num_nodes; row++) {
+        float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
+        vf_store(x, vf_add(vf_load(x), vf_load(out + row * TILE)));
     }
 }
 
@@ -212,50 +209,30 @@ static void gate_up_block(Decoder *d, const DecoderLayer *weights, int block) {
     }
 }
 
-static void attend(Decoder *d, int layer, int thread, int num_threads) {
-    const DecoderConfig *c = &d->config;
-    const Attention attention = {&d->cache, c->heads, c->heads / c->kv_heads, d->length, d->num_nodes, d->depth,
-                                 d->is_chain ? NULL : d->ancestors, d->query, &d->to_output};
-    int first, last;
-    pool_share(c->heads * d->num_nodes, thread, num_threads, &first, &last);
-    attention_rows(&attention, layer, first, last, d->work[thread]);
-}
-
-static void run_layer(Decoder *d, int layer, int thread, int num_threads) {
+static void run_layer(Decoder *d, int layer, Walk *walk, int num_threads) {
     const DecoderConfig *c = &d->config;
     const DecoderLayer *weights = &d->layers[layer];
-    _Alignas(64) float tiles[16 * MAX_ROWS * TILE], values[256];
-    int first, last;
-    norm_rows(d, weights->attention_norm, thread, num_threads);
-    pool_barrier(d->pool);
-    pool_share(c->heads + 2 * c->kv_heads, thread, num_threads, &first, &last);
-    for (int job = first; job < last; job++) project_head(d, layer, job, tiles, values);
-    pool_barrier(d->pool);
-    attend(d, layer, thread, num_threads);
-    pool_barrier(d->pool);
-    project_back(d, weights->output, &d->to_output, thread, num_threads);
-    pool_barrier(d->pool);
-    norm_rows(d, weights->mlp_norm, thread, num_threads);
-    pool_barrier(d->pool);
-    pool_share(c->intermediate / BLOCK, thread, num_threads, &first, &last);
-    for (int block = first; block < last; block++) gate_up_block(d, weights, block);
-    pool_barrier(d->pool);
-    project_back(d, weights->down, &d->to_down, thread, num_threads);
-    pool_barrier(d->pool);
+    const Attention attention = {&d->cache, c->heads, c->heads / c->kv_heads, d->length, d->num_nodes, d->depth,
+                                 d->is_chain ? NULL : d->ancestors, d->query, &d->to_output};
+    FOR_EACH_ITEM(walk, row, d->num_nodes) norm_to_layer(d, weights->attention_norm, row);
+    FOR_EACH_ITEM(walk, head, c->heads + 2 * c->kv_heads) project_head(d, layer, head);
+    FOR_EACH_ITEM(walk, item, attention_items(&attention, num_threads))
+        attention_item(&attention, layer, item, num_threads, d->work[walk->thread]);
+    FOR_EACH_ITEM(walk, tile, c->hidden / TILE) project_back(d, weights->output, &d->to_output, tile);
+    FOR_EACH_ITEM(walk, row, d->num_nodes) norm_to_layer(d, weights->mlp_norm, row);
+    FOR_EACH_ITEM(walk, block, c->intermediate / BLOCK) gate_up_block(d, weights, block);
+    FOR_EACH_ITEM(walk, tile, c->hidden / TILE) project_back(d, weights->down, &d->to_down, tile);
 }
 
 static void step_task(void *context, int thread, int num_threads) {
     Decoder *d = context;
-    const int hidden = d->config.hidden;
-    int first, last;
-    pool_share(d->num_nodes, thread, num_threads, &first, &last);
-    for (int row = first; row < last; row++)
-        matrix_row(d->embedding, d->tokens[row], d->x + (size_t)row * (size_t)hidden);
+    const size_t hidden = (size_t)d->config.hidden;
+    Walk walk = pool_enter(d->pool, thread);
+    FOR_EACH_ITEM(&walk, row, d->num_nodes) matrix_row(d->embedding, d->tokens[row], d->x + (size_t)row * hidden);
     linear_begin(d->num_nodes);
-    for (int layer = 0; layer < d->config.layers; layer++) run_layer(d, layer, thread, num_threads);
+    for (int layer = 0; layer < d->config.layers; layer++) run_layer(d, layer, &walk, num_threads);
     linear_end();
-    for (int row = first; row < last; row++)
-        rms_norm(d->x + (size_t)row * (size_t)hidden, d->norm, hidden, d->config.eps, d->hidden + (size_t)row * (size_t)hidden);
+    FOR_EACH_ITEM(&walk, row, d->num_nodes) norm_row(d, d->norm, row, d->hidden + (size_t)row * hidden);
 }
 
 /* Depths and ancestor lists from parents; 0 when a parent does not precede its child. */

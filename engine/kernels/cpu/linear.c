@@ -24,11 +24,11 @@ void quantize_block(const Activations *activations, int row, int block, const fl
     const vf low = vf_load(x), high = vf_load(x + LANES);
     const float largest = vf_largest(vf_max(vf_abs(low), vf_abs(high)));
     const float scale = largest / 127.0f, inverse = largest > 1e-30f ? 127.0f / largest : 0.0f;
-    int8_t *codes = activations->codes + cell * BLOCK;
-    vi_store_bytes(codes, vi_from_float(vf_mul(low, vf_set1(inverse))));
-    vi_store_bytes(codes + LANES, vi_from_float(vf_mul(high, vf_set1(inverse))));
-    int sum = 0;
-    for (int i = 0; i < BLOCK; i++) sum += codes[i];
+    const vi low_codes = vi_from_float(vf_mul(low, vf_set1(inverse)));
+    const vi high_codes = vi_from_float(vf_mul(high, vf_set1(inverse)));
+    const int32_t sum = vi_sum(vi_add(low_codes, high_codes));
+    vi_store_bytes(activations->codes + cell * BLOCK, low_codes);
+    vi_store_bytes(activations->codes + cell * BLOCK + LANES, high_codes);
     activations->scale[cell] = scale;
     activations->sum[cell] = scale * (float)sum;
     activations->correction[cell] = -128 * sum;

@@ -1,4 +1,4 @@
-/* One tile of outputs times 4 to 16 rows on the AMX matrix unit. Included by linear.c alone.
+/* One tile of outputs times 8 to 16 rows on the AMX matrix unit. Included by linear.c alone.
  *
  * It gives the same integers as dots.h, and the float sums are the same operations in the same order, so which of the
  * two computes a row cannot be seen in the result.
@@ -43,7 +43,7 @@ static void amx_end(void) { _tile_release(); }
 
 /* A block passes three stations: codes unpacked, products on the unit, products added up. Between them lie a few
  * blocks, so that no station waits for what the one before it has just stored. */
-enum { AHEAD = 2, BEHIND = 3, RING = 8 };
+enum { AHEAD = 2, BEHIND = 2, RING = 8 };
 typedef struct {
     uint8_t codes[RING][512];
     int32_t dots[RING][CHUNK * TILE];
@@ -120,13 +120,14 @@ INLINE void amx_rows(const uint8_t *tile, const Activations *x, const int kind, 
     static void amx_q8_##rows(const uint8_t *tile, const Activations *x, float *out) { \
         amx_rows(tile, x, KIND_Q8, rows, out);                                         \
     }
-DEFINE(4) DEFINE(5) DEFINE(6) DEFINE(7) DEFINE(8) DEFINE(9) DEFINE(10) DEFINE(11) DEFINE(12) DEFINE(13) DEFINE(14)
+DEFINE(8) DEFINE(9) DEFINE(10) DEFINE(11) DEFINE(12) DEFINE(13) DEFINE(14)
 DEFINE(15) DEFINE(16)
 #undef DEFINE
+/* With fewer rows, loading and storing tiles costs more than it saves. */
 static const RowsKernel AMX_ROWS[2][CHUNK] = {
-    {q4_1, q4_2, q4_3, amx_q4_4, amx_q4_5, amx_q4_6, amx_q4_7, amx_q4_8, amx_q4_9, amx_q4_10, amx_q4_11, amx_q4_12,
+    {q4_1, q4_2, q4_3, q4_4, q4_5, q4_6, q4_7, amx_q4_8, amx_q4_9, amx_q4_10, amx_q4_11, amx_q4_12,
      amx_q4_13, amx_q4_14, amx_q4_15, amx_q4_16},
-    {q8_1, q8_2, q8_3, amx_q8_4, amx_q8_5, amx_q8_6, amx_q8_7, amx_q8_8, amx_q8_9, amx_q8_10, amx_q8_11, amx_q8_12,
+    {q8_1, q8_2, q8_3, q8_4, q8_5, q8_6, q8_7, amx_q8_8, amx_q8_9, amx_q8_10, amx_q8_11, amx_q8_12,
      amx_q8_13, amx_q8_14, amx_q8_15, amx_q8_16},
 };
 #endif

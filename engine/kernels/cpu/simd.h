@@ -180,13 +180,25 @@ INLINE float vf_sum(vf v) {
     return x[0];
 }
 
+/* The largest lane, and the sum of whole numbers: any order gives the same. */
+#if defined(SIMD_AVX512)
+INLINE float vf_largest(vf v) { return _mm512_reduce_max_ps(v); }
+INLINE int32_t vi_sum(vi v) { return _mm512_reduce_add_epi32(v); }
+#else
 INLINE float vf_largest(vf v) {
-    float x[LANES], best;
+    float x[LANES];
     vf_store(x, v);
-    best = x[0];
-    for (int lane = 1; lane < LANES; lane++) best = x[lane] > best ? x[lane] : best;
-    return best;
+    for (int width = LANES / 2; width; width /= 2)
+        for (int lane = 0; lane < width; lane++) x[lane] = x[lane] > x[lane + width] ? x[lane] : x[lane + width];
+    return x[0];
 }
+INLINE int32_t vi_sum(vi v) {
+    int32_t x[LANES], sum = 0;
+    vi_store(x, v);
+    for (int lane = 0; lane < LANES; lane++) sum += x[lane];
+    return sum;
+}
+#endif
 
 /* e^x, relative error below 2^-21; x is clamped to -87..88, so the result is never 0, denormal or infinite. */
 INLINE vf vf_exp(vf x) {
