@@ -1,0 +1,157 @@
+"""The training commands: one after the other on the CPU, killed and resumed; calibration on data made by hand."""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from engine import Engine, SamplingParams
+from engine.heads import HeadsConfig, MedusaHeads
+from engine.models.heads_file import load_heads, save_heads
+from engine.nested_tree import NestedTree, tree_file
+from engine.training.calibrate import calibrate, node_order, tokens_per_step, write_calibration
+from engine.training.dataset import build_cache, load_text
+from engine.training.dense import load_model
+from engine.training.medusa1 import Vocabulary, build_heads
+from engine.training.ranks import MISSED, AnswerRanks, measure_ranks
+from engine.training.shards import read_documents, read_index
+
+ROOT = Path(__file__).resolve().parent.parent
+PROMPTS = """Why is the sky blue?
+How do I boil an egg?
+Name three planets.
+What does a bee do?
+What is the capital of France?
+How do magnets work?
+Write a sentence about a cat.
+Explain fractions to a child.
+"""
+TINY = "--width 256 --draft-vocab 1024 --batch-tokens 256 --device cpu"
+
+
+def command(line: str) -> int:
+    """Run a training command in this process."""
+    name, *words = line.split()
+    module = importlib.import_module(f"engine.training.cli_{name}")
+    parser = argparse.ArgumentParser()
+    module.add_arguments(parser)
+    return module.run(parser.parse_args(words))
+
+
+def kill_once(line: str, is_time: str) -> None:
+    """Run a command in another process and kill it at the first line of progress that holds `is_time`."""
+    code = f"from test_training_commands import command; command({line!r})"
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    process = subprocess.Popen([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    with process.stderr:
+        assert any(is_time in text for text in process.stderr), "it ended before it could be killed"
+        os.kill(process.pid, signal.SIGKILL)
+    assert process.wait() == -signal.SIGKILL
+
+
+@pytest.mark.slow
+def test_commands_one_after_the_other(tmp_path: Path) -> None:
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    data, heads_path = tmp_path / "data", tmp_path / "h.safetensors"
+    assert command(f"distill --out {data} --prompts {tmp_path}/prompts.txt --max-answer 40 --device cpu") == 0
+    assert command(f"train --data {data} --out {heads_path} --epochs 15 {TINY}") == 0
+    assert command(f"calibrate --heads {heads_path} --device cpu --answers 4 --max-answer 24") == 0
+    content = json.loads(tree_file(heads_path).read_text())
+    assert len(content["expected_tokens_per_step"]) == len(content["order"]) + 1
+
+    model, heads = load_model("bundled", "cpu"), load_heads(heads_path)
+    vocabulary, cache = Vocabulary(model, heads.token_map), build_cache(model, load_text(data))
+    fresh = build_heads(heads.config, vocabulary)
+    trained, untrained = (
+        (measure_ranks(each, cache, vocabulary).ranks == 0).float().mean().item() for each in (heads, fresh)
+    )
+    assert trained > untrained + 0.1
+
+    engine = Engine.load("bundled", device="cpu", heads=str(heads_path))
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    *_, last = engine.stream(question, SamplingParams(medusa=True, temperature=0.0, max_tokens=24))
+    assert last.result is not None and last.result.generated_tokens > 0
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is not on Windows")
+def test_killed_runs_go_on_without_losing_or_repeating(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "prompts.txt").write_text(PROMPTS)
+    data, out = tmp_path / "data", tmp_path / "h.safetensors"
+    # Two at a time: the first are on disk long before the last begin.
+    line = f"distill --out {data} --prompts {tmp_path}/prompts.txt --max-answer 24 --shard-tokens 1 --slots 2"
+    line += " --device cpu"
+    kill_once(line, "open")
+    before = read_index(data) or {"shards": []}
+    assert command(line) == 0
+    after = read_index(data)
+    assert after is not None and after["shards"][: len(before["shards"])] == before["shards"]
+    sources = [document.source for document in read_documents(data)]
+    assert len(sources) == len(set(sources)) > len(before["shards"])
+
+    train = f"train --data {data} --out {out} --epochs 300 --save-every 0 {TINY}"
+    kill_once(train, "loss")
+    step = torch.load(out.with_suffix(".ckpt"), weights_only=True)["step"]
+    assert step > 0 and not out.exists()
+    capsys.readouterr()
+    assert command(train.replace("--save-every 0", "--save-every 60")) == 0
+    assert f"going on at step {step} of" in capsys.readouterr().err
+    assert out.exists() and torch.load(out.with_suffix(".ckpt"), weights_only=True)["step"] > step
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        ("distill --out {0}/d", "needs --tokens"),
+        ("distill --out {0}/d --prompts {0}/gone.txt", "cannot be read"),
+        ("train --data {0} --out {0}/h.safetensors --recipe medusa2", "medusa2"),
+        ("train --data {0} --out {0}/h.bin", ".safetensors"),
+        ("train --data {0} --out {0}/h.safetensors", "holds no training data"),
+        ("calibrate --heads {0}/gone.safetensors", "no heads at"),
+    ],
+)
+def test_bad_input_is_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture, line: str, said: str) -> None:
+    assert command(line.format(tmp_path)) == 2
+    text = capsys.readouterr().err
+    assert said in text and text.count("\n") == 1
+
+
+def test_calibration_of_hand_made_ranks(tmp_path: Path) -> None:
+    # Two answers of nine anchors: head 0 is right at rank 1, head 1 at rank 0, always.
+    ranks = torch.tensor([[1, 0]] * 18, dtype=torch.uint8)
+    measured = AnswerRanks(ranks, torch.tensor([0] * 9 + [1] * 9))
+    found = calibrate(measured, sizes=(1, 2))
+    assert found.order[:2] == [(1,), (1, 0)]
+    # Both accepted with two nodes: every step takes three tokens.
+    assert found.expected[:3] == [1.0, 2.0, 3.0]
+    missed = AnswerRanks(torch.full((18, 2), MISSED, dtype=torch.uint8), measured.answer)
+    assert tokens_per_step(found.order, missed, [2]) == [1.0]
+    write_calibration(tmp_path / "h.tree.json", found)
+    assert NestedTree.beside(tmp_path / "h.safetensors").order == tuple(found.order)
+
+
+def test_parents_come_before_children_in_an_order() -> None:
+    order = node_order(lambda path: 0.5 ** (len(path) + sum(path)), 3, 40)
+    assert len(order) == len(set(order)) == 40
+    assert all(len(node) == 1 or node[:-1] in order[:place] for place, node in enumerate(order))
+
+
+@pytest.mark.parametrize(("storage", "tolerance"), [("float32", 0.0), ("bfloat16", 0.005), ("int8", 0.005)])
+def test_heads_file_round_trip(tmp_path: Path, storage: str, tolerance: float) -> None:
+    config = HeadsConfig(16, 40, num_heads=2, num_layers=2, width=8, sees="path", output="truncated", draft_vocab=5)
+    heads = MedusaHeads(config, torch.tensor([3, 7, 11, 20, 39]))
+    for parameter in heads.parameters():
+        torch.nn.init.uniform_(parameter, -1, 1)
+    save_heads(tmp_path / "h.safetensors", heads, {"base_model": "x"}, storage=storage)
+    back = load_heads(tmp_path / "h.safetensors")
+    assert back.config == config
+    for name, tensor in heads.state_dict().items():
+        torch.testing.assert_close(back.state_dict()[name], tensor, rtol=0, atol=tolerance)
