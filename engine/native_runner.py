@@ -5,7 +5,8 @@ sums. One code path runs plain decoding, trees and prompts, so a row has the sam
 """
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes import POINTER, c_float, c_int, c_int32, c_size_t, c_void_p
 
 import torch
@@ -32,6 +33,7 @@ __all__ = ["NativeRunner"]
 _PREFILL_ROWS = 64  # whole chunks of the kernels' 16 rows
 _MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")
 _NO_MEMORY = 1
+_PARTS = ("norms", "qkv", "attention", "output", "gate_up", "down")  # as in cpu/api.h
 
 
 class _Config(ctypes.Structure):
@@ -54,6 +56,7 @@ _SIGNATURES: dict[str, tuple[object, list[object]]] = {
     "decoder_step": (c_int, [c_void_p, c_void_p, c_void_p, c_int, c_void_p]),
     "decoder_commit": (c_int, [c_void_p, c_void_p, c_int]),
     "decoder_truncate": (c_int, [c_void_p, c_int]),
+    "decoder_measure": (None, [c_void_p, c_void_p]),
     "decoder_rows": (None, [c_void_p, c_int, c_void_p, c_void_p]),
 }
 
@@ -146,6 +149,18 @@ class NativeRunner:
         keys, values = torch.empty(shape), torch.empty(shape)
         self._library.decoder_rows(self._decoder, layer, keys.data_ptr(), values.data_ptr())
         return keys, values
+
+    @contextmanager
+    def measure(self) -> Iterator[dict[str, float]]:
+        """Fill the yielded dict, when the block ends, with the seconds that its steps spent in each part."""
+        times = torch.zeros(len(_PARTS), dtype=torch.float64)
+        seconds: dict[str, float] = {}
+        self._library.decoder_measure(self._decoder, times.data_ptr())
+        try:
+            yield seconds
+        finally:
+            self._library.decoder_measure(self._decoder, None)
+            seconds.update(zip(_PARTS, times.tolist(), strict=True))
 
     def _step(self, tokens: Tensor, parents: Tensor | None, depth: int) -> Tensor:
         config, rows = self.config, len(tokens)

@@ -7,7 +7,7 @@
 
 #include "api.h"
 
-enum { HIDDEN = 96, LAYERS = 2, HEADS = 6, KV_HEADS = 2, HEAD_DIM = 32, INNER = 160, VOCAB = 83, POSITIONS = 300 };
+enum { HIDDEN = 96, LAYERS = 2, HEADS = 6, KV_HEADS = 2, HEAD_DIM = 96, INNER = 160, VOCAB = 83, POSITIONS = 300 };
 
 static uint32_t state = 12345;
 static uint32_t next(uint32_t below) {

@@ -1,6 +1,7 @@
 """The C decoder: trees, chunks and plain decoding give the same bits, and those are close to the float model's."""
 
 import random
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from engine.attention import attend_prefill
 from engine.backbone import Backbone, BackboneConfig, BackboneWeights, LayerWeights
+from engine.bench.cpu_step import bush, format_table, measure_steps
 from engine.block_weights import DenseWeight, Weight, quantize_q4
 from engine.decode import PLAIN
 from engine.errors import ContextLengthError
@@ -242,7 +244,7 @@ def test_memory_is_weights_and_the_pages_in_use(runner: NativeRunner) -> None:
     empty = runner.memory_bytes()
     runner.prefill([1] * 129)
     page = 128 * CONFIG.num_layers * CONFIG.num_kv_heads * CONFIG.head_dim * 2 * 2
-    assert 0 <= runner.memory_bytes() - empty - 2 * page < 150_000  # the rest is the threads' score buffers
+    assert 0 <= runner.memory_bytes() - empty - 2 * page < 250_000  # the rest is the threads' score buffers
     grown = runner.memory_bytes()
     runner.truncate(128)
     assert runner.memory_bytes() == grown - page
@@ -290,3 +292,27 @@ def test_the_last_position_can_be_used_and_no_other(runner: NativeRunner) -> Non
     assert runner.num_committed == 400
     with pytest.raises(ContextLengthError, match="400 tokens and 1 more"):
         runner.verify(torch.tensor([1]), PLAIN)
+
+
+def test_measured_parts_fit_the_step(runner: NativeRunner) -> None:
+    started = time.perf_counter()
+    with runner.measure() as parts:
+        runner.prefill([1] * 20)
+    elapsed = time.perf_counter() - started
+    assert list(parts) == ["norms", "qkv", "attention", "output", "gate_up", "down"]
+    assert all(seconds > 0 for seconds in parts.values()) and sum(parts.values()) < elapsed
+    runner.prefill([1])  # nothing is measured after the block
+
+
+def test_step_times_come_as_a_table(runner: NativeRunner) -> None:
+    times = measure_steps(runner, contexts=[40], rows=[1, 3], repeats=2)
+    assert [(item.context, item.rows) for item in times] == [(40, 1), (40, 3)]
+    for item in times:
+        assert 0 < item.linears_ms < item.total_ms and item.best_ms <= item.total_ms
+    table = format_table(times).splitlines()
+    assert len(table) == 4 and table[2].endswith("| 1.00x |")
+
+
+@pytest.mark.parametrize("num_nodes", [1, 2, 4, 5, 64])
+def test_bush_has_the_size_asked_for(num_nodes: int) -> None:
+    assert bush(num_nodes).num_nodes == num_nodes

@@ -59,6 +59,10 @@ EXPORT int decoder_step(Decoder *decoder, const int32_t *tokens, const int32_t *
 EXPORT int decoder_commit(Decoder *decoder, const int32_t *path, int count);
 EXPORT int decoder_truncate(Decoder *decoder, int length);
 
+/* Where the time of the steps goes: add each part's seconds, as thread 0 sees them, to times [NUM_PARTS]; NULL stops. */
+enum { PART_NORMS, PART_QKV, PART_ATTENTION, PART_OUTPUT, PART_GATE_UP, PART_DOWN, NUM_PARTS };
+EXPORT void decoder_measure(Decoder *decoder, double *times);
+
 /* Copy committed keys and values of one layer: [kv_heads][length][head_dim] each. */
 EXPORT void decoder_rows(const Decoder *decoder, int layer, float *keys, float *values);
 

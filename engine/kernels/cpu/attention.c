@@ -1,10 +1,13 @@
 /* Scores, softmax, values; a few rows together, which share the reads of keys and values. */
 #include "attention.h"
 
+#include "attention_amx.h"
 #include "simd.h"
 
 #define SUB 16 /* keys that one vector of scores covers */
-#if defined(SIMD_AVX512)
+#if defined(HAS_AMX)
+#define MOST_ROWS 16
+#elif defined(SIMD_AVX512)
 #define MOST_ROWS 12
 #else
 #define MOST_ROWS 3
@@ -72,7 +75,7 @@ INLINE void value_rows(const uint16_t *values, int head_dim, const float *weight
         value_rows(values, dim, weights, stride, pairs, rows, out);                                              \
     }
 DEFINE(1) DEFINE(2) DEFINE(3)
-#if MOST_ROWS == 12
+#if MOST_ROWS >= 12
 DEFINE(6) DEFINE(12)
 #endif
 
@@ -83,7 +86,7 @@ typedef struct {
 } RowsKernel;
 
 static const RowsKernel KERNELS[] = {
-#if MOST_ROWS == 12
+#if MOST_ROWS >= 12
     {12, score_12, value_12}, {6, score_6, value_6},
 #endif
     {3, score_3, value_3}, {2, score_2, value_2}, {1, score_1, value_1},
@@ -92,10 +95,12 @@ static const RowsKernel KERNELS[] = {
 /* A few rows of one head of keys, which share every read. */
 typedef struct {
     const Attention *a;
-    const RowsKernel *kernel;
-    int layer, head, first; /* first row within the head: node * group + query head */
-    size_t stride;          /* floats between the scores of two rows */
+    const RowsKernel *kernel; /* NULL where the matrix unit computes them */
+    int layer, head;
+    int first, count; /* rows within the head: node * group + query head */
+    size_t stride;    /* floats between the scores of two rows */
     float *scores, *node_scores, *out;
+    uint16_t *weights, *query; /* in bfloat16, for the matrix unit: the weights have the scores' stride */
 } Rows;
 
 static int node_of(const Rows *rows, int r) { return (rows->first + r) / rows->a->group; }
@@ -106,27 +111,49 @@ static uint16_t *block_of(const Rows *rows, int position) {
     return cache_block(cache, cache->pages[position / PAGE_KEYS], rows->layer, rows->head, position);
 }
 
+/* Ask for half a block (keys or values) a few blocks ahead; the pages are too far apart for the memory's read-ahead. */
+static void prefetch_ahead(const Rows *rows, int key, int keys, int is_values) {
+    enum { BLOCKS_AHEAD = 4 };
+    const int ahead = key + BLOCKS_AHEAD * KEY_BLOCK, half = KEY_BLOCK * rows->a->cache->head_dim;
+    if (ahead >= keys) return;
+    const uint16_t *from = block_of(rows, ahead) + (is_values ? half : 0);
+    for (int i = 0; i < half; i += 32) __builtin_prefetch(from + i, 0, 2);
+}
+
 static size_t row_stride(int length) { return ((size_t)length + 2 * KEY_BLOCK) / KEY_BLOCK * KEY_BLOCK; }
 
-size_t attention_work(int length) { return MOST_ROWS * (row_stride(length) + SCRATCH_KEYS + MAX_HEAD_DIM); }
+size_t attention_work(int length) {
+    return MOST_ROWS * (row_stride(length) + SCRATCH_KEYS + MAX_HEAD_DIM + (row_stride(length) + MAX_HEAD_DIM) / 2);
+}
+
+/* Scores of a block of 32 keys, or of its first 16 where that is all there are. */
+static void score_block(const Rows *rows, const uint16_t *block, const float *query, int keys, float *scores, size_t stride) {
+    const int dim = rows->a->cache->head_dim;
+#if defined(HAS_AMX)
+    if (!rows->kernel) {
+        amx_score_block(block, dim, rows->query, scores, stride);
+        return;
+    }
+#endif
+    for (int key = 0; key < keys && key < KEY_BLOCK; key += SUB)
+        rows->kernel->score(block + key * dim, dim, query, scores + key, stride);
+}
 
 static void score_pages(const Rows *rows, const float *query, int keys) {
-    const int dim = rows->a->cache->head_dim;
-    for (int key = 0; key < keys; key += SUB) {
-        const uint16_t *from = block_of(rows, key) + key % KEY_BLOCK / SUB * SUB * dim;
-        rows->kernel->score(from, dim, query, rows->scores + key, rows->stride);
+    for (int key = 0; key < keys; key += KEY_BLOCK) {
+        prefetch_ahead(rows, key, keys, 0);
+        score_block(rows, block_of(rows, key), query, keys - key, rows->scores + key, rows->stride);
     }
 }
 
 /* Score all nodes of the tree, and put those of a row's ancestors where their positions are. */
 static void score_nodes(const Rows *rows, const float *query) {
     const Attention *a = rows->a;
-    const int dim = a->cache->head_dim;
-    for (int node = 0; node < a->num_nodes; node += SUB) {
+    for (int node = 0; node < a->num_nodes; node += KEY_BLOCK) {
         const uint16_t *block = cache_block(a->cache, a->cache->scratch, rows->layer, rows->head, node);
-        rows->kernel->score(block + node % KEY_BLOCK / SUB * SUB * dim, dim, query, rows->node_scores + node, SCRATCH_KEYS);
+        score_block(rows, block, query, a->num_nodes - node, rows->node_scores + node, SCRATCH_KEYS);
     }
-    for (int r = 0; r < rows->kernel->rows; r++) {
+    for (int r = 0; r < rows->count; r++) {
         const int node = node_of(rows, r), *ancestors = a->ancestors + node * MAX_ROWS;
         float *to = rows->scores + (size_t)r * rows->stride + a->length;
         for (int i = 0; i <= a->depth[node]; i++) to[i] = rows->node_scores[r * SCRATCH_KEYS + ancestors[i]];
@@ -183,12 +210,35 @@ static void value_tail(const Rows *rows, int r) {
     }
 }
 
+#if defined(HAS_AMX)
+static const uint16_t *values_of(const void *rows, int key, int keys) {
+    prefetch_ahead(rows, key, keys, 1);
+    return cache_values(((const Rows *)rows)->a->cache, block_of(rows, key));
+}
+#endif
+
+/* Sum the values of the committed positions; a chain's last block may be a part of one. */
 static void value_pages(const Rows *rows, int keys) {
     const Cache *cache = rows->a->cache;
-    for (int key = 0; key < keys; key += KEY_BLOCK) {
+    int key = 0;
+#if defined(HAS_AMX)
+    if (!rows->kernel) {
+        key = keys / KEY_BLOCK * KEY_BLOCK;
+        for (int r = 0; r < rows->count; r++)
+            to_pairs(rows->scores + (size_t)r * rows->stride, key, rows->weights + (size_t)r * rows->stride);
+        amx_values(values_of, rows, cache->head_dim, rows->weights, rows->stride, key, rows->out);
+    }
+#endif
+    for (; key < keys; key += KEY_BLOCK) {
         const int left = keys - key, pairs = left < KEY_BLOCK ? (left + 1) / 2 : KEY_BLOCK / 2;
-        rows->kernel->value(cache_values(cache, block_of(rows, key)), cache->head_dim, rows->scores + key, rows->stride,
-                            pairs, rows->out);
+        const uint16_t *values = cache_values(cache, block_of(rows, key));
+        prefetch_ahead(rows, key, keys, 1);
+        const RowsKernel *kernel = rows->kernel ? rows->kernel : KERNELS;
+        for (int r = 0; r < rows->count; r += kernel->rows) {
+            while (kernel->rows > rows->count - r) kernel++;
+            kernel->value(values, cache->head_dim, rows->scores + (size_t)r * rows->stride + key, rows->stride, pairs,
+                          rows->out + r * cache->head_dim);
+        }
     }
 }
 
@@ -202,11 +252,14 @@ static void finish_row(const Rows *rows, int r, float scale) {
 
 static void compute(const Rows *rows) {
     const Attention *a = rows->a;
-    const int count = rows->kernel->rows, dim = a->cache->head_dim, is_chain = a->ancestors == NULL;
+    const int count = rows->count, dim = a->cache->head_dim, is_chain = a->ancestors == NULL;
     const float *query = a->query + ((size_t)rows->head * (size_t)(a->num_nodes * a->group) + (size_t)rows->first) * (size_t)dim;
     float scale[MOST_ROWS];
     int keys = a->length;
     if (is_chain) keys = position_of(rows, count - 1) + 1;
+#if defined(HAS_AMX)
+    if (!rows->kernel) to_pairs(query, count * dim, rows->query);
+#endif
     score_pages(rows, query, keys);
     if (!is_chain) score_nodes(rows, query);
     for (int r = 0; r < count; r++)
@@ -216,6 +269,24 @@ static void compute(const Rows *rows) {
     for (int r = 0; r < count; r++) {
         if (!is_chain) value_tail(rows, r);
         finish_row(rows, r, scale[r]);
+    }
+}
+
+/* Compute `left` rows from rows->first on: all at once on the matrix unit, or as the kernels can take them. */
+static void compute_all(Rows *rows, int left) {
+#if defined(HAS_AMX)
+    if (amx_is_granted()) {
+        rows->count = left;
+        amx_attention_begin(left);
+        compute(rows);
+        linear_begin(rows->a->num_nodes);
+        return;
+    }
+#endif
+    for (; left > 0; left -= rows->count, rows->first += rows->count) {
+        for (rows->kernel = KERNELS; rows->kernel->rows > left;) rows->kernel++;
+        rows->count = rows->kernel->rows;
+        compute(rows);
     }
 }
 
@@ -240,13 +311,9 @@ void attention_item(const Attention *a, int layer, int item, int num_threads, fl
     rows.scores = work;
     rows.node_scores = rows.scores + MOST_ROWS * rows.stride;
     rows.out = rows.node_scores + MOST_ROWS * SCRATCH_KEYS;
+    rows.weights = (uint16_t *)(rows.out + MOST_ROWS * MAX_HEAD_DIM);
+    rows.query = rows.weights + MOST_ROWS * rows.stride;
     rows.head = item / items_per_head(a, num_threads);
     rows.first = item % items_per_head(a, num_threads) * per_item;
-    int left = per_head - rows.first < per_item ? per_head - rows.first : per_item;
-    while (left > 0) {
-        for (rows.kernel = KERNELS; rows.kernel->rows > left;) rows.kernel++;
-        compute(&rows);
-        rows.first += rows.kernel->rows;
-        left -= rows.kernel->rows;
-    }
+    compute_all(&rows, per_head - rows.first < per_item ? per_head - rows.first : per_item);
 }

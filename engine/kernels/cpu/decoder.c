@@ -25,6 +25,8 @@ struct Decoder {
     int depth[MAX_ROWS], ancestors[MAX_ROWS * MAX_ROWS];
     Activations to_layer, to_output, to_down; /* quantised inputs of QKV and gate/up, of the output, of down */
     float *x, *query, *hidden;
+    float *squares; /* [chunks][hidden / 16][16 rows] */
+    double *times, started; /* seconds of each part, or NULL */
     float *work[MAX_THREADS];
     size_t work_floats, fixed_bytes;
     void *memory;
@@ -48,6 +50,7 @@ static size_t place(Decoder *d, char *memory) {
     Activations *all[] = {&d->to_layer, &d->to_output, &d->to_down};
     Bump bump = {memory, 0};
     d->x = take(&bump, sizeof(float) * MAX_ROWS * (size_t)c->hidden);
+    d->squares = take(&bump, sizeof(float) * MAX_ROWS * (size_t)(c->hidden / TILE));
     d->query = take(&bump, sizeof(float) * MAX_ROWS * (size_t)wide);
     d->layers = take(&bump, sizeof(DecoderLayer) * (size_t)c->layers);
     for (int i = 0; i < 3; i++) {
@@ -94,6 +97,8 @@ size_t decoder_bytes(const Decoder *d) {
 
 int decoder_length(const Decoder *d) { return d->length; }
 
+void decoder_measure(Decoder *d, double *times) { d->times = times; }
+
 /* Chunks of one tile of outputs for all rows: out [MAX_ROWS][16]. */
 static void tile_all_rows(const Decoder *d, const Matrix *matrix, int tile, const Activations *x, float *out) {
     for (int row = 0; row < d->num_nodes; row += CHUNK) {
@@ -102,31 +107,43 @@ static void tile_all_rows(const Decoder *d, const Matrix *matrix, int tile, cons
     }
 }
 
-static vf norm_scale(const Decoder *d, const float *x) {
-    vf squares = vf_zero();
-    for (int i = 0; i < d->config.hidden; i += LANES) squares = vf_fma(vf_load(x + i), vf_load(x + i), squares);
-    return vf_set1(1.0f / sqrtf(vf_sum(squares) / (float)d->config.hidden + d->config.eps));
+/* The sum of squares of 16 columns of a row, kept with those of the other rows of its chunk. */
+static void keep_squares(const Decoder *d, int row, int tile, vf x) {
+    const size_t tiles = (size_t)d->config.hidden / TILE, chunk = (size_t)row / CHUNK;
+    d->squares[(chunk * tiles + (size_t)tile) * CHUNK + (size_t)(row % CHUNK)] = vf_sum(vf_mul(x, x));
 }
 
-static void norm_row(const Decoder *d, const float *weight, int row, float *out) {
-    const float *x = d->x + (size_t)row * (size_t)d->config.hidden;
-    const vf scale = norm_scale(d, x);
-    for (int i = 0; i < d->config.hidden; i += LANES)
-        vf_store(out + i, vf_mul(vf_mul(vf_load(x + i), scale), vf_load(weight + i)));
+/* One over the root mean square of each row of a chunk. */
+static vf norm_scales(const Decoder *d, int chunk) {
+    const int tiles = d->config.hidden / TILE;
+    const float *squares = d->squares + (size_t)chunk * (size_t)tiles * CHUNK;
+    vf sum = vf_zero();
+    for (int tile = 0; tile < tiles; tile++) sum = vf_add(sum, vf_load(squares + tile * CHUNK));
+    const vf mean = vf_div(sum, vf_set1((float)d->config.hidden));
+    return vf_div(vf_set1(1.0f), vf_sqrt(vf_add(mean, vf_set1(d->config.eps))));
 }
 
-/* Norm a row and quantise it for the layer's linears. */
-static void norm_to_layer(const Decoder *d, const float *weight, int row) {
-    const float *x = d->x + (size_t)row * (size_t)d->config.hidden;
-    const vf scale = norm_scale(d, x);
-    for (int block = 0; block < d->config.hidden / BLOCK; block++) {
-        float normed[BLOCK];
-        for (int i = 0; i < BLOCK; i += LANES) {
-            const int at = block * BLOCK + i;
-            vf_store(normed + i, vf_mul(vf_mul(vf_load(x + at), scale), vf_load(weight + at)));
+/* Norm 32 columns of all rows, into `hidden` or, where that is NULL, quantised for the layer. Items are columns, as the
+ * rows of a chunk share cache lines, and two threads that write to one line wait for each other. */
+static void norm_block(const Decoder *d, const float *weight, int block, float *hidden) {
+    float scales[CHUNK], normed[BLOCK];
+    const vf weights[2] = {vf_load(weight + block * BLOCK), vf_load(weight + block * BLOCK + LANES)};
+    for (int row = 0; row < d->num_nodes; row++) {
+        const size_t at = (size_t)row * (size_t)d->config.hidden + (size_t)(block * BLOCK);
+        if (row % CHUNK == 0) vf_store(scales, norm_scales(d, row / CHUNK));
+        for (int half = 0; half < 2; half++) {
+            const vf x = vf_load(d->x + at + half * LANES);
+            vf_store(normed + half * LANES, vf_mul(vf_mul(x, vf_set1(scales[row % CHUNK])), weights[half]));
         }
-        quantize_block(&d->to_layer, row, block, normed);
+        if (hidden) memcpy(hidden + at, normed, sizeof normed);
+        else quantize_block(&d->to_layer, row, block, normed);
     }
+}
+
+static void embed(const Decoder *d, int row) {
+    float *x = d->x + (size_t)row * (size_t)d->config.hidden;
+    matrix_row(d->embedding, d->tokens[row], x);
+    for (int tile = 0; tile < d->config.hidden / TILE; tile++) keep_squares(d, row, tile, vf_load(x + tile * TILE));
 }
 
 /* Rotate pairs (i, i + half) of one head by the angles of a position. */
@@ -190,7 +207,9 @@ static void project_back(Decoder *d, const Matrix *matrix, const Activations *in
     tile_all_rows(d, matrix, tile, input, out);
     for (int row = 0; row < d->num_nodes; row++) {
         float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
-        vf_store(x, vf_add(vf_load(x), vf_load(out + row * TILE)));
+        const vf sum = vf_add(vf_load(x), vf_load(out + row * TILE));
+        vf_store(x, sum);
+        keep_squares(d, row, tile, sum);
     }
 }
 
@@ -209,30 +228,44 @@ static void gate_up_block(Decoder *d, const DecoderLayer *weights, int block) {
     }
 }
 
+static void lap(Decoder *d, const Walk *walk, int part) {
+    if (!d->times || walk->thread) return;
+    const double now = seconds_now();
+    d->times[part] += now - d->started;
+    d->started = now;
+}
+
 static void run_layer(Decoder *d, int layer, Walk *walk, int num_threads) {
     const DecoderConfig *c = &d->config;
     const DecoderLayer *weights = &d->layers[layer];
     const Attention attention = {&d->cache, c->heads, c->heads / c->kv_heads, d->length, d->num_nodes, d->depth,
                                  d->is_chain ? NULL : d->ancestors, d->query, &d->to_output};
-    FOR_EACH_ITEM(walk, row, d->num_nodes) norm_to_layer(d, weights->attention_norm, row);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->attention_norm, block, NULL);
+    lap(d, walk, PART_NORMS);
     FOR_EACH_ITEM(walk, head, c->heads + 2 * c->kv_heads) project_head(d, layer, head);
+    lap(d, walk, PART_QKV);
     FOR_EACH_ITEM(walk, item, attention_items(&attention, num_threads))
         attention_item(&attention, layer, item, num_threads, d->work[walk->thread]);
+    lap(d, walk, PART_ATTENTION);
     FOR_EACH_ITEM(walk, tile, c->hidden / TILE) project_back(d, weights->output, &d->to_output, tile);
-    FOR_EACH_ITEM(walk, row, d->num_nodes) norm_to_layer(d, weights->mlp_norm, row);
+    lap(d, walk, PART_OUTPUT);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->mlp_norm, block, NULL);
+    lap(d, walk, PART_NORMS);
     FOR_EACH_ITEM(walk, block, c->intermediate / BLOCK) gate_up_block(d, weights, block);
+    lap(d, walk, PART_GATE_UP);
     FOR_EACH_ITEM(walk, tile, c->hidden / TILE) project_back(d, weights->down, &d->to_down, tile);
+    lap(d, walk, PART_DOWN);
 }
 
 static void step_task(void *context, int thread, int num_threads) {
     Decoder *d = context;
-    const size_t hidden = (size_t)d->config.hidden;
     Walk walk = pool_enter(d->pool, thread);
-    FOR_EACH_ITEM(&walk, row, d->num_nodes) matrix_row(d->embedding, d->tokens[row], d->x + (size_t)row * hidden);
+    FOR_EACH_ITEM(&walk, row, d->num_nodes) embed(d, row);
     linear_begin(d->num_nodes);
+    if (d->times && !thread) d->started = seconds_now();
     for (int layer = 0; layer < d->config.layers; layer++) run_layer(d, layer, &walk, num_threads);
     linear_end();
-    FOR_EACH_ITEM(&walk, row, d->num_nodes) norm_row(d, d->norm, row, d->hidden + (size_t)row * hidden);
+    FOR_EACH_ITEM(&walk, block, d->config.hidden / BLOCK) norm_block(d, d->norm, block, d->hidden);
 }
 
 /* Depths and ancestor lists from parents; 0 when a parent does not precede its child. */

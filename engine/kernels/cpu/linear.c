@@ -38,21 +38,16 @@ void quantize_row(const Activations *activations, int row, const float *x) {
     for (int block = 0; block < activations->blocks; block++) quantize_block(activations, row, block, x + block * BLOCK);
 }
 
-/* Chosen once: whether this process may use the matrix unit. */
 #if defined(HAS_AMX)
-static int uses_amx = -1;
-const char *linear_start(void) {
-    if (uses_amx < 0) uses_amx = amx_permitted();
-    return uses_amx ? PATH_NAME " and AMX" : PATH_NAME;
-}
+const char *linear_start(void) { return amx_request() ? PATH_NAME " and AMX" : PATH_NAME; }
 void linear_begin(int num_rows) {
-    if (uses_amx > 0) amx_begin(num_rows);
+    if (amx_is_granted()) amx_begin(num_rows);
 }
 void linear_end(void) {
-    if (uses_amx > 0) amx_end();
+    if (amx_is_granted()) _tile_release();
 }
 static RowsKernel kernel_for(int kind, int rows) {
-    return uses_amx > 0 ? AMX_ROWS[kind == KIND_Q8][rows - 1] : ROWS[kind == KIND_Q8][rows - 1];
+    return amx_is_granted() ? AMX_ROWS[kind == KIND_Q8][rows - 1] : ROWS[kind == KIND_Q8][rows - 1];
 }
 #else
 const char *linear_start(void) { return PATH_NAME; }

@@ -6,26 +6,11 @@
 #ifndef LINEAR_AMX_H
 #define LINEAR_AMX_H
 
+#include "amx.h"
 #include "linear_rows.h"
 
-#if !defined(WITHOUT_AMX) && defined(__AMX_INT8__) && defined(__AMX_TILE__) && defined(__linux__) && KERNEL_ROWS == 16
-#define HAS_AMX 1
-#include <sys/syscall.h>
-#include <unistd.h>
-
+#if defined(HAS_AMX)
 /* Tile registers: four of products, two of activations, two of weights. */
-typedef struct {
-    uint8_t palette, start_row, reserved[14];
-    uint16_t row_bytes[16];
-    uint8_t rows[16];
-} TileConfig;
-
-static int amx_permitted(void) {
-    enum { REQUEST_PERMISSION = 0x1023, TILE_DATA = 18 };
-    return syscall(SYS_arch_prctl, REQUEST_PERMISSION, TILE_DATA) == 0;
-}
-
-/* Static: gcc's intrinsic tells the compiler of a config's first bytes only, and a local's others would be left out. */
 static const TileConfig AMX_16_ROWS = {
     .palette = 1,
     .row_bytes = {64, 64, 64, 64, BLOCK, BLOCK, 64, 64},
@@ -37,9 +22,7 @@ static const TileConfig AMX_8_ROWS = {
     .rows = {8, 8, 8, 8, 8, 8, 8, 8},
 };
 
-static void amx_begin(int num_rows) { _tile_loadconfig(num_rows > 8 ? &AMX_16_ROWS : &AMX_8_ROWS); }
-
-static void amx_end(void) { _tile_release(); }
+static void amx_begin(int num_rows) { amx_shape(num_rows > 8 ? &AMX_16_ROWS : &AMX_8_ROWS); }
 
 /* A block passes three stations: codes unpacked, products on the unit, products added up. Between them lie a few
  * blocks, so that no station waits for what the one before it has just stored. */

@@ -29,6 +29,12 @@ static inline int thread_start(Thread *t, unsigned(__stdcall *run)(void *), void
 }
 static inline void thread_join(Thread t) { WaitForSingleObject(t, INFINITE); CloseHandle(t); }
 static inline void thread_yield(void) { SwitchToThread(); }
+static inline double seconds_now(void) {
+    LARGE_INTEGER count, per_second;
+    QueryPerformanceCounter(&count);
+    QueryPerformanceFrequency(&per_second);
+    return (double)count.QuadPart / (double)per_second.QuadPart;
+}
 static inline void *aligned_memory(size_t alignment, size_t bytes) { return _aligned_malloc(bytes, alignment); }
 static inline void aligned_release(void *p) { _aligned_free(p); }
 static inline void prefer_large_pages(void *p, size_t bytes) { (void)p; (void)bytes; }
@@ -36,6 +42,7 @@ static inline void prefer_large_pages(void *p, size_t bytes) { (void)p; (void)by
 #include <pthread.h>
 #include <sched.h>
 #include <sys/mman.h>
+#include <time.h>
 #define EXPORT __attribute__((visibility("default")))
 typedef pthread_t Thread;
 typedef pthread_mutex_t Mutex;
@@ -52,6 +59,11 @@ static inline int thread_start(Thread *t, void *(*run)(void *), void *argument) 
 }
 static inline void thread_join(Thread t) { pthread_join(t, NULL); }
 static inline void thread_yield(void) { sched_yield(); }
+static inline double seconds_now(void) {
+    struct timespec now;
+    clock_gettime(CLOCK_MONOTONIC, &now);
+    return (double)now.tv_sec + 1e-9 * (double)now.tv_nsec;
+}
 static inline void *aligned_memory(size_t alignment, size_t bytes) {
     void *p = NULL;
     return posix_memalign(&p, alignment, bytes) ? NULL : p;

@@ -30,6 +30,7 @@ INLINE vf vf_add(vf a, vf b) { return _mm512_add_ps(a, b); }
 INLINE vf vf_sub(vf a, vf b) { return _mm512_sub_ps(a, b); }
 INLINE vf vf_mul(vf a, vf b) { return _mm512_mul_ps(a, b); }
 INLINE vf vf_div(vf a, vf b) { return _mm512_div_ps(a, b); }
+INLINE vf vf_sqrt(vf a) { return _mm512_sqrt_ps(a); }
 INLINE vf vf_max(vf a, vf b) { return _mm512_max_ps(a, b); }
 INLINE vf vf_min(vf a, vf b) { return _mm512_min_ps(a, b); }
 INLINE vf vf_abs(vf a) { return _mm512_abs_ps(a); }
@@ -66,6 +67,7 @@ INLINE vf vf_add(vf x, vf y) { return PAIR(vf, _mm256_add_ps(x.a, y.a), _mm256_a
 INLINE vf vf_sub(vf x, vf y) { return PAIR(vf, _mm256_sub_ps(x.a, y.a), _mm256_sub_ps(x.b, y.b)); }
 INLINE vf vf_mul(vf x, vf y) { return PAIR(vf, _mm256_mul_ps(x.a, y.a), _mm256_mul_ps(x.b, y.b)); }
 INLINE vf vf_div(vf x, vf y) { return PAIR(vf, _mm256_div_ps(x.a, y.a), _mm256_div_ps(x.b, y.b)); }
+INLINE vf vf_sqrt(vf x) { return PAIR(vf, _mm256_sqrt_ps(x.a), _mm256_sqrt_ps(x.b)); }
 INLINE vf vf_max(vf x, vf y) { return PAIR(vf, _mm256_max_ps(x.a, y.a), _mm256_max_ps(x.b, y.b)); }
 INLINE vf vf_min(vf x, vf y) { return PAIR(vf, _mm256_min_ps(x.a, y.a), _mm256_min_ps(x.b, y.b)); }
 INLINE vf vf_abs(vf x) {
@@ -127,6 +129,7 @@ INLINE vf vf_add(vf a, vf b) { return a + b; }
 INLINE vf vf_sub(vf a, vf b) { return a - b; }
 INLINE vf vf_mul(vf a, vf b) { return a * b; }
 INLINE vf vf_div(vf a, vf b) { return a / b; }
+INLINE vf vf_sqrt(vf a) { EACH_LANE a[lane] = sqrtf(a[lane]); return a; }
 INLINE vf vf_max(vf a, vf b) { EACH_LANE a[lane] = a[lane] > b[lane] ? a[lane] : b[lane]; return a; }
 INLINE vf vf_min(vf a, vf b) { EACH_LANE a[lane] = a[lane] < b[lane] ? a[lane] : b[lane]; return a; }
 INLINE vi vi_bits(vf a) { vi v; memcpy(&v, &a, sizeof v); return v; }
@@ -172,6 +175,7 @@ INLINE int vf_any_above(vf a, vf b) { int any = 0; EACH_LANE any |= a[lane] > b[
 #endif
 
 /* The sum of all lanes, halves folded onto each other: the same order everywhere. */
+#if defined(SIMD_PORTABLE)
 INLINE float vf_sum(vf v) {
     float x[LANES];
     vf_store(x, v);
@@ -179,6 +183,18 @@ INLINE float vf_sum(vf v) {
         for (int lane = 0; lane < width; lane++) x[lane] += x[lane + width];
     return x[0];
 }
+#else
+INLINE float sum_8(__m256 v) {
+    const __m128 four = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+    const __m128 two = _mm_add_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_add_ss(two, _mm_shuffle_ps(two, two, 1)));
+}
+#if defined(SIMD_AVX512)
+INLINE float vf_sum(vf v) { return sum_8(_mm256_add_ps(_mm512_castps512_ps256(v), _mm512_extractf32x8_ps(v, 1))); }
+#else
+INLINE float vf_sum(vf v) { return sum_8(_mm256_add_ps(v.a, v.b)); }
+#endif
+#endif
 
 /* The largest lane, and the sum of whole numbers: any order gives the same. */
 #if defined(SIMD_AVX512)
