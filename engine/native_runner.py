@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights, rotary_tables
-from engine.block_weights import BLOCK, DenseWeight, Weight
+from engine.block_weights import BLOCK, DenseWeight, Q4Affine, Q8Symmetric, Weight
 from engine.errors import ContextLengthError, OutOfMemoryError
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
 from engine.kernels.cpu_native import (
@@ -22,6 +22,8 @@ from engine.kernels.cpu_native import (
     NativeLinear,
     NativeMatrix,
     NativeThreads,
+    Signatures,
+    declare,
     pointer,
     release_with,
     to_q8,
@@ -48,7 +50,7 @@ class _Layer(ctypes.Structure):
     _fields_ = [(name, c_void_p) for name in (*_MATRICES, "attention_norm", "mlp_norm")]
 
 
-_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+_SIGNATURES: Signatures = {
     "decoder_create": (c_void_p, [c_void_p, POINTER(_Config), POINTER(_Layer), *[c_void_p] * 4]),
     "decoder_free": (None, [c_void_p]),
     "decoder_bytes": (c_size_t, [c_void_p]),
@@ -81,9 +83,10 @@ class NativeRunner:
         self.config = config
         self.threads = threads or NativeThreads()
         self._library = self.threads.library
-        _declare(self._library)
+        declare(self._library, _SIGNATURES)
         self._weights = _PackedWeights(weights)
         self.lm_head = NativeLinear(self.threads, self._weights.lm_head)
+        self.embedding = self._weights.embedding
         self.weights = f"{self._weights.label(source_format)} on {self.threads.path_name}, {_count(self.threads.count)}"
         self._tables = [table.contiguous() for table in _half_tables(config)]
         self._decoder = self._create()
@@ -121,7 +124,7 @@ class NativeRunner:
 
     def embed(self, tokens: Tensor) -> Tensor:
         """Return token embeddings, int64 [...] -> float32 [..., hidden]."""
-        return self._weights.embedding.rows(tokens.reshape(-1)).view(*tokens.shape, -1)
+        return self.embedding.rows(tokens.reshape(-1)).view(*tokens.shape, -1)
 
     def commit(self, path: Sequence[int]) -> None:
         nodes = torch.tensor(path, dtype=torch.int32)
@@ -238,16 +241,16 @@ class _PackedWeights:
     def label(self, source_format: str) -> str:
         return f"{source_format} rounded to int8" if self.is_rounded else source_format
 
-    def _block(self, weight: Weight) -> Weight:
+    def _block(self, weight: Weight) -> Q4Affine | Q8Symmetric:
         if not isinstance(weight, DenseWeight):
             return weight
         self.is_rounded = True
         return to_q8(weight)
 
-    def _layer(self, packed: list[Weight], layer: LayerWeights) -> _Layer:
+    def _layer(self, packed: Sequence[Q4Affine | Q8Symmetric], layer: LayerWeights) -> _Layer:
         norms = [norm.float().contiguous() for norm in (layer.attention_norm, layer.mlp_norm)]
         self._norms += norms
-        handles = [NativeMatrix(self.arena, weight).handle for weight in packed]  # type: ignore[arg-type]
+        handles = [NativeMatrix(self.arena, weight).handle for weight in packed]
         return _Layer(*handles, *(norm.data_ptr() for norm in norms))
 
 
@@ -272,12 +275,6 @@ def _half_tables(config: BackboneConfig) -> tuple[Tensor, Tensor]:
     cos, sin = rotary_tables(config, torch.float32)
     half = config.head_dim // 2
     return cos[:, :half], sin[:, half:]
-
-
-def _declare(library: ctypes.CDLL) -> None:
-    for name, (result, arguments) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.restype, function.argtypes = result, arguments
 
 
 def _count(threads: int) -> str:

@@ -7,61 +7,22 @@ from dataclasses import replace
 
 import pytest
 import torch
+from small_decoder import CONFIG, random_tree, random_weights
 from torch import Tensor
 
 from engine.attention import attend_prefill
-from engine.backbone import Backbone, BackboneConfig, BackboneWeights, LayerWeights
+from engine.backbone import Backbone, BackboneConfig, BackboneWeights
 from engine.bench.cpu_step import bush, format_table, measure_steps
-from engine.block_weights import DenseWeight, Weight, quantize_q4
+from engine.block_weights import DenseWeight, Weight
 from engine.decode import PLAIN
 from engine.errors import ContextLengthError
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
-from engine.kernels.cpu_native import NativeThreads, to_q8
+from engine.kernels.cpu_native import NativeThreads
 from engine.kv_cache import KVCache
 from engine.linear import DenseLinear
 from engine.models.loader import LoadedModel
 from engine.native_runner import NativeRunner
 from engine.tree import CandidateTree
-
-CONFIG = BackboneConfig(
-    hidden_size=96,
-    num_layers=3,
-    num_heads=6,
-    num_kv_heads=2,
-    head_dim=32,
-    intermediate_size=160,
-    vocab_size=211,
-    rope_theta=10000.0,
-    rms_norm_eps=1e-5,
-    max_positions=400,
-)
-
-
-def random_weights(config: BackboneConfig) -> BackboneWeights:
-    """A random model in which attention and MLP both matter."""
-
-    def matrix(n: int, k: int, kind: str = "q4") -> Weight:
-        values = torch.randn(n, k) * (2.0 / k**0.5)
-        return quantize_q4(values) if kind == "q4" else to_q8(DenseWeight(values))
-
-    hidden, inner = config.hidden_size, config.intermediate_size
-    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    layers = [
-        LayerWeights(
-            query=matrix(wide, hidden),
-            key=matrix(narrow, hidden, "q8"),
-            value=matrix(narrow, hidden),
-            attention_output=matrix(hidden, wide),
-            gate=matrix(inner, hidden),
-            up=matrix(inner, hidden),
-            down=matrix(hidden, inner, "q8"),
-            attention_norm=torch.rand(hidden) + 0.5,
-            mlp_norm=torch.rand(hidden) + 0.5,
-        )
-        for _ in range(config.num_layers)
-    ]
-    embedding = matrix(config.vocab_size, hidden, "q8")
-    return BackboneWeights(embedding, layers, torch.rand(hidden) + 0.5, embedding)
 
 
 @pytest.fixture(scope="module")
@@ -81,17 +42,6 @@ def weights() -> BackboneWeights:
 @pytest.fixture
 def runner(weights: BackboneWeights, threads: NativeThreads) -> NativeRunner:
     return NativeRunner(CONFIG, weights, source_format="Q4_1", threads=threads)
-
-
-def random_tree(draw: random.Random, num_nodes: int) -> CandidateTree:
-    """Grow a tree by random children; some are long chains, some wide."""
-    choices: list[tuple[int, ...]] = [()]
-    reach = draw.choice([1, 3, 1000])  # how far back a parent may be: chains to bushes
-    while len(choices) < num_nodes:
-        child = (*draw.choice(choices[-reach:]), draw.randrange(6))
-        if child not in choices:
-            choices.append(child)
-    return CandidateTree.from_choices(choices[1:])
 
 
 def random_tokens(draw: random.Random, count: int, config: BackboneConfig = CONFIG) -> list[int]:

@@ -25,6 +25,8 @@ __all__ = [
     "NativeLinear",
     "NativeMatrix",
     "NativeThreads",
+    "Signatures",
+    "declare",
     "default_threads",
     "load_library",
     "pointer",
@@ -36,7 +38,8 @@ MAX_ROWS = 80  # rows of one decoder step, as in cpu/linear.h
 _MAX_THREADS = 16  # decoding is bound by memory; more threads only wait for each other
 _KINDS = {Q4Affine: 4, Q8Symmetric: 8}
 
-_SIGNATURES: dict[str, tuple[object, list[object]]] = {
+Signatures = dict[str, tuple[object, list[object]]]
+_SIGNATURES: Signatures = {
     "path_name": (c_char_p, []),
     "threads_create": (c_void_p, [c_int]),
     "threads_free": (None, [c_void_p]),
@@ -62,10 +65,15 @@ def load_library() -> ctypes.CDLL:
         raise CpuKernelsUnavailableError(
             f"{path.name} cannot be loaded ({error}); delete it to build it again."
         ) from error
-    for name, (result, arguments) in _SIGNATURES.items():
+    declare(library, _SIGNATURES)
+    return library
+
+
+def declare(library: ctypes.CDLL, signatures: Signatures) -> None:
+    """Tell ctypes the result and argument types of functions."""
+    for name, (result, arguments) in signatures.items():
         function = getattr(library, name)
         function.restype, function.argtypes = result, arguments
-    return library
 
 
 def pointer(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:

@@ -4,6 +4,7 @@
 #include <limits.h>
 
 #include "dots.h"
+#include "search.h"
 
 struct Arena {
     size_t bytes, used;
@@ -161,26 +162,6 @@ typedef struct {
     float *values;
     int64_t *indices;
 } TopKJob;
-
-static void insert(float *values, int64_t *indices, int count, float value, int index) {
-    int at = count;
-    while (at > 0 && values[at - 1] < value) {
-        values[at] = values[at - 1];
-        indices[at] = indices[at - 1];
-        at--;
-    }
-    values[at] = value;
-    indices[at] = index;
-}
-
-static void top_k_row(const float *x, int n, int k, float *values, int64_t *indices) {
-    int count = 0, i = 0;
-    for (; i < k; i++) insert(values, indices, count++, x[i], i);
-    for (; i < n; i++) {
-        while (i + LANES <= n && !vf_any_above(vf_load(x + i), vf_set1(values[k - 1]))) i += LANES;
-        if (i < n && x[i] > values[k - 1]) insert(values, indices, k - 1, x[i], i);
-    }
-}
 
 static void top_k_task(void *context, int thread, int num_threads) {
     const TopKJob *job = context;

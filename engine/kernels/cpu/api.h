@@ -66,4 +66,21 @@ EXPORT void decoder_measure(Decoder *decoder, double *times);
 /* Copy committed keys and values of one layer: [kv_heads][length][head_dim] each. */
 EXPORT void decoder_rows(const Decoder *decoder, int layer, float *keys, float *values);
 
+/* Draft heads whose first block may see the tokens before its guess (see engine/heads.py). `matrices` holds for each
+ * head up and down of each block, then the output; `num_seen` [heads] is 0, 1, or the head's number plus 1. */
+typedef struct Drafter Drafter;
+typedef struct {
+    int32_t hidden, width, heads, blocks;
+} DrafterConfig;
+
+EXPORT Drafter *drafter_create(Pool *pool, const DrafterConfig *config, const int32_t *num_seen,
+                               const Matrix *const *matrices, const Matrix *embedding, const int32_t *token_map);
+EXPORT void drafter_free(Drafter *drafter);
+EXPORT size_t drafter_bytes(const Drafter *drafter);
+
+/* Fill tokens [nodes] and their heads' probabilities from the hidden state [hidden] behind `root`. Nodes are ordered
+ * by depth; `ranks` says which guess of its head a node is. */
+EXPORT int drafter_run(Drafter *drafter, const float *hidden, int32_t root, const int32_t *parents,
+                       const int32_t *ranks, int nodes, int32_t *tokens, float *probabilities);
+
 #endif

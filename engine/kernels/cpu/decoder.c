@@ -99,14 +99,6 @@ int decoder_length(const Decoder *d) { return d->length; }
 
 void decoder_measure(Decoder *d, double *times) { d->times = times; }
 
-/* Chunks of one tile of outputs for all rows: out [MAX_ROWS][16]. */
-static void tile_all_rows(const Decoder *d, const Matrix *matrix, int tile, const Activations *x, float *out) {
-    for (int row = 0; row < d->num_nodes; row += CHUNK) {
-        const int left = d->num_nodes - row;
-        linear_tile(matrix, tile, x, row / CHUNK, left < CHUNK ? left : CHUNK, out + row * TILE);
-    }
-}
-
 /* The sum of squares of 16 columns of a row, kept with those of the other rows of its chunk. */
 static void keep_squares(const Decoder *d, int row, int tile, vf x) {
     const size_t tiles = (size_t)d->config.hidden / TILE, chunk = (size_t)row / CHUNK;
@@ -185,7 +177,7 @@ static void project_head(Decoder *d, int layer, int job) {
     const Matrix *matrix = is_query ? weights->query : is_key ? weights->key : weights->value;
     _Alignas(64) float tiles[MAX_HEAD_DIM / TILE][MAX_ROWS * TILE], values[MAX_HEAD_DIM];
     for (int tile = 0; tile < dim / TILE; tile++)
-        tile_all_rows(d, matrix, head * dim / TILE + tile, &d->to_layer, tiles[tile]);
+        linear_tile_all(matrix, head * dim / TILE + tile, &d->to_layer, d->num_nodes, tiles[tile]);
     for (int row = 0; row < d->num_nodes; row++) {
         int slot;
         for (int tile = 0; tile < dim / TILE; tile++) vf_store(values + tile * TILE, vf_load(tiles[tile] + row * TILE));
@@ -204,7 +196,7 @@ static void project_head(Decoder *d, int layer, int job) {
 /* x += matrix times the quantised input, for 16 outputs of all rows. */
 static void project_back(Decoder *d, const Matrix *matrix, const Activations *input, int tile) {
     _Alignas(64) float out[MAX_ROWS * TILE];
-    tile_all_rows(d, matrix, tile, input, out);
+    linear_tile_all(matrix, tile, input, d->num_nodes, out);
     for (int row = 0; row < d->num_nodes; row++) {
         float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
         const vf sum = vf_add(vf_load(x), vf_load(out + row * TILE));
@@ -216,12 +208,13 @@ static void project_back(Decoder *d, const Matrix *matrix, const Activations *in
 /* SiLU(gate) * up for 32 channels of all rows, quantised for the down projection. */
 static void gate_up_block(Decoder *d, const DecoderLayer *weights, int block) {
     _Alignas(64) float gate[2][MAX_ROWS * TILE], up[2][MAX_ROWS * TILE], values[BLOCK];
-    for (int half = 0; half < 2; half++) tile_all_rows(d, weights->gate, 2 * block + half, &d->to_layer, gate[half]);
-    for (int half = 0; half < 2; half++) tile_all_rows(d, weights->up, 2 * block + half, &d->to_layer, up[half]);
+    for (int half = 0; half < 2; half++)
+        linear_tile_all(weights->gate, 2 * block + half, &d->to_layer, d->num_nodes, gate[half]);
+    for (int half = 0; half < 2; half++)
+        linear_tile_all(weights->up, 2 * block + half, &d->to_layer, d->num_nodes, up[half]);
     for (int row = 0; row < d->num_nodes; row++) {
         for (int half = 0; half < 2; half++) {
-            const vf g = vf_load(gate[half] + row * TILE), one = vf_set1(1.0f);
-            const vf silu = vf_div(g, vf_add(one, vf_exp(vf_sub(vf_zero(), g))));
+            const vf silu = vf_silu(vf_load(gate[half] + row * TILE));
             vf_store(values + half * LANES, vf_mul(silu, vf_load(up[half] + row * TILE)));
         }
         quantize_block(&d->to_down, row, block, values);

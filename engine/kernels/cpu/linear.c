@@ -69,3 +69,10 @@ void linear_tile(const Matrix *matrix, int tile, const Activations *x, int chunk
         kernel_for(matrix->kind, rows)(data, &part, out + row * TILE);
     }
 }
+
+void linear_tile_all(const Matrix *matrix, int tile, const Activations *x, int num_rows, float *out) {
+    for (int row = 0; row < num_rows; row += CHUNK) {
+        const int left = num_rows - row;
+        linear_tile(matrix, tile, x, row / CHUNK, left < CHUNK ? left : CHUNK, out + row * TILE);
+    }
+}

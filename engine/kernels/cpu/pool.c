@@ -5,7 +5,9 @@
 
 #include "platform.h"
 
-enum { SPINS_BEFORE_SLEEP = 2000, SPINS_BEFORE_YIELD = 500, ITEM_BITS = 24, INSIDE_BITS = 8 };
+#define AWAKE_SECONDS 300e-6 /* longer than Python takes from one call of a decode step to the next */
+
+enum { SPINS_BETWEEN_LOOKS = 64, SPINS_BEFORE_YIELD = 500, ITEM_BITS = 24, INSIDE_BITS = 8 };
 
 typedef struct {
     Pool *pool;
@@ -102,7 +104,8 @@ static uint64_t try_enter(Pool *pool, uint64_t last) {
 
 static uint64_t await_job(Pool *pool, uint64_t last) {
     uint64_t job;
-    for (int spins = 0; spins < SPINS_BEFORE_SLEEP; spins++) {
+    const double until = seconds_now() + AWAKE_SECONDS;
+    for (unsigned spins = 1; spins % SPINS_BETWEEN_LOOKS || seconds_now() < until; spins++) {
         if ((job = try_enter(pool, last)) || atomic_load(&pool->stopping)) return job;
         spin_pause();
     }

@@ -233,6 +233,9 @@ INLINE vf vf_exp(vf x) {
     return vf_mul(y, vf_bits(scale));
 }
 
+/* x times its logistic function. */
+INLINE vf vf_silu(vf x) { return vf_div(x, vf_add(vf_set1(1.0f), vf_exp(vf_sub(vf_zero(), x)))); }
+
 /* Round to bfloat16 (nearest even) and keep as float; the input is finite. */
 INLINE vf vf_to_bf16(vf x) {
     vi bits = vi_bits(x);
