@@ -68,6 +68,32 @@ static void search(Pool *pool, const Matrix *matrix) {
     free(y);
 }
 
+/* Heads that see the path, over a draft vocabulary of 50: random trees of up to three levels. */
+static void draft(Pool *pool, Arena *arena, const Matrix *embedding) {
+    enum { WIDTH = 64, HEADS_DRAFTING = 3, DRAFT_VOCAB = 50 };
+    const Matrix *matrices[HEADS_DRAFTING * 3];
+    int32_t seen[HEADS_DRAFTING], token_map[DRAFT_VOCAB], parents[40], ranks[40], tokens[40];
+    float hidden[HIDDEN], probabilities[40];
+    for (int head = 0; head < HEADS_DRAFTING; head++) {
+        seen[head] = head + 1;
+        matrices[3 * head] = matrix(arena, 4, WIDTH, HIDDEN * (2 + head));
+        matrices[3 * head + 1] = matrix(arena, 4, HIDDEN, WIDTH);
+        matrices[3 * head + 2] = matrix(arena, 8, DRAFT_VOCAB, HIDDEN);
+    }
+    for (int i = 0; i < DRAFT_VOCAB; i++) token_map[i] = VOCAB - 1 - i;
+    const DrafterConfig config = {HIDDEN, WIDTH, HEADS_DRAFTING, 1};
+    Drafter *drafter = drafter_create(pool, &config, seen, matrices, embedding, token_map);
+    for (int nodes = 1; nodes <= 40; nodes += 13) {
+        const int level = (nodes + 2) / 3; /* first children of the root, then a child for each of the level above */
+        for (int i = 0; i < nodes; i++) parents[i] = i == 0 ? -1 : i <= level ? 0 : i - level;
+        for (int i = 0; i < nodes; i++) ranks[i] = i <= level ? i - (i > 0) : 0;
+        for (int i = 0; i < HIDDEN; i++) hidden[i] = (float)next(2000) / 1000.0f - 1.0f;
+        if (drafter_run(drafter, hidden, (int32_t)next(VOCAB), parents, ranks, nodes, tokens, probabilities)) exit(6);
+        add(tokens, sizeof(int32_t) * (size_t)nodes);
+    }
+    drafter_free(drafter);
+}
+
 int main(int argc, char **argv) {
     Pool *pool = threads_create(argc > 1 ? atoi(argv[1]) : 1);
     Arena *arena = arena_create((size_t)4 << 20);
@@ -97,6 +123,7 @@ int main(int argc, char **argv) {
     decoder_truncate(decoder, 37);
     while (decoder_length(decoder) + 40 < POSITIONS) run_tree(decoder, 1 + (int)next(40));
     search(pool, embedding);
+    draft(pool, arena, embedding);
     printf("%s: length %d, digest %016llx\n", path_name(), decoder_length(decoder), (unsigned long long)digest);
     decoder_free(decoder);
     arena_free(arena);
