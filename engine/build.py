@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from engine.backbone import Backbone, BackboneConfig, BackboneWeights, LinearFactory
 from engine.block_weights import DenseWeight, Q4Affine, Q8Symmetric, Weight, quantize_q4
 from engine.bnb_linear import BnbInt8Linear, NF4Linear
-from engine.draft import HeadsDrafter
+from engine.draft import Drafter, HeadsDrafter
 from engine.errors import InvalidParameterError, UnsupportedDeviceError
 from engine.heads import MedusaHeads
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
 from engine.kernels.cpu_native import NativeLinear
 from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
+from engine.native_drafter import NativeDrafter
 from engine.native_runner import NativeRunner
 from engine.runner import Runner
 from engine.torch_runner import TorchRunner
@@ -27,6 +28,7 @@ from engine.torch_runner import TorchRunner
 __all__ = [
     "Built",
     "build_drafter",
+    "build_heads_drafter",
     "build_runner",
     "build_torch_runner",
     "choose_device",
@@ -98,8 +100,18 @@ def build_torch_runner(
     return TorchRunner(backbone, device=device, dtype=plan.dtype, weights=plan.label, exact=device == "cpu")
 
 
-def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> HeadsDrafter:
-    """Put heads beside their backbone, with matrices of the kind that suits its device."""
+def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> Drafter:
+    """Put heads beside their backbone: in the C kernels where these run it and know the heads' shape."""
+    if isinstance(built.runner, NativeRunner):
+        try:
+            return NativeDrafter(heads, built.runner, lm_head)
+        except CpuKernelsUnavailableError:
+            pass  # narrow blocks: the general drafter below runs the same heads, one matrix at a time
+    return build_heads_drafter(heads, built, lm_head)
+
+
+def build_heads_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> HeadsDrafter:
+    """Put heads of any shape beside their backbone, with matrices of the kind that suits its device."""
     shared = None
     if not heads.config.output.startswith("own"):
         rows = lm_head if heads.token_map is None else lm_head.permute_rows(heads.token_map)

@@ -73,9 +73,11 @@ class DecodeLoop:
     def _accept(self, tree: CandidateTree, draft: Draft, hidden: Tensor) -> Verified:
         if self._params.acceptance == "typical" and self._params.temperature > 0:
             return self._accept_typical(tree, draft, hidden)
+        if self._params.temperature == 0:  # all nodes at once: lm_head is read once
+            return Verified(*accept_exact(tree, draft.tokens, self._runner.greedy(hidden).tolist().__getitem__))
         depths = tree.depth.tolist()
 
-        def target(node: int) -> int:  # only nodes on the path pay for lm_head
+        def target(node: int) -> int:  # a draw costs more than lm_head: only nodes on the path pay for it
             return self._next(hidden[node], depths[node])
 
         return Verified(*accept_exact(tree, draft.tokens, target))

@@ -81,21 +81,42 @@ def test_commands_one_after_the_other(tmp_path: Path) -> None:
     assert last.result is not None and last.result.generated_tokens > 0
 
 
+def kill_after_shards(line: str, count: int) -> None:
+    """Run a command in another process that is killed at the moment its shard number `count` is finished."""
+    code = f"""
+import os, signal
+from engine.training.shards import ShardWriter
+from test_training_commands import command
+flush = ShardWriter.flush
+def flush_and_die(writer):
+    flush(writer)
+    if writer.num_shards == {count}:
+        os.kill(os.getpid(), signal.SIGKILL)
+ShardWriter.flush = flush_and_die
+command({line!r})
+"""
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
+    done = subprocess.run([sys.executable, "-c", code], stderr=subprocess.PIPE, text=True, env=environment, check=False)
+    assert done.returncode == -signal.SIGKILL, done.stderr
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is not on Windows")
 def test_killed_runs_go_on_without_losing_or_repeating(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
     (tmp_path / "prompts.txt").write_text(PROMPTS)
     data, out = tmp_path / "data", tmp_path / "h.safetensors"
-    # Two at a time: the first are on disk long before the last begin.
+    # Two at a time, a shard each: some answers are on disk and others under way when the run dies.
     line = f"distill --out {data} --prompts {tmp_path}/prompts.txt --max-answer 24 --shard-tokens 1 --slots 2"
     line += " --device cpu"
-    kill_once(line, "open")
-    before = read_index(data) or {"shards": []}
+    kill_after_shards(line, 2)
+    before, kept = read_index(data), [document.tokens for document in read_documents(data)]
+    assert before is not None and len(before["shards"]) == len(kept) == 2
     assert command(line) == 0
-    after = read_index(data)
-    assert after is not None and after["shards"][: len(before["shards"])] == before["shards"]
-    sources = [document.source for document in read_documents(data)]
-    assert len(sources) == len(set(sources)) > len(before["shards"])
+    after, documents = read_index(data), list(read_documents(data))
+    assert after is not None and after["shards"][:2] == before["shards"]
+    assert [document.tokens for document in documents[:2]] == kept
+    sources = [document.source for document in documents]
+    assert len(sources) == len(set(sources)) > 2
 
     train = f"train --data {data} --out {out} --epochs 300 --save-every 0 {TINY}"
     kill_once(train, "loss")
