@@ -100,14 +100,14 @@ def build_torch_runner(
     return TorchRunner(backbone, device=device, dtype=plan.dtype, weights=plan.label, exact=device == "cpu")
 
 
-def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> Drafter:
-    """Put heads beside their backbone: in the C kernels where these run it and know the heads' shape."""
+def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> tuple[Drafter, tuple[str, ...]]:
+    """Put heads beside their backbone; return the drafter, and a note where the C kernels cannot draft for it."""
     if isinstance(built.runner, NativeRunner):
         try:
-            return NativeDrafter(heads, built.runner, lm_head)
-        except CpuKernelsUnavailableError:
-            pass  # narrow blocks: the general drafter below runs the same heads, one matrix at a time
-    return build_heads_drafter(heads, built, lm_head)
+            return NativeDrafter(heads, built.runner, lm_head), ()
+        except CpuKernelsUnavailableError as error:
+            return build_heads_drafter(heads, built, lm_head), (f"Drafting is slower: {error}",)
+    return build_heads_drafter(heads, built, lm_head), ()
 
 
 def build_heads_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> HeadsDrafter:

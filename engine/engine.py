@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from engine.answer import AnswerRecord
 from engine.build import Built, build_drafter, build_runner, choose_device, use_all_cores
@@ -72,15 +73,15 @@ class Engine:
             source.config, source.weights, device=chosen, quantize=quantize, source_format=source.weight_format
         )
         say("Loading the draft heads")
-        drafter, trees, reason = _load_heads(heads, source, built)
+        loaded = _load_heads(heads, source, built)
         return cls(
             name=source.name,
             runner=built.runner,
             tokenizer=source.tokenizer,
-            drafter=drafter,
-            trees=trees,
-            heads_reason=reason,
-            notes=built.notes,
+            drafter=loaded.drafter,
+            trees=loaded.trees,
+            heads_reason=loaded.reason,
+            notes=(*built.notes, *loaded.notes),
         )
 
     @property
@@ -171,19 +172,27 @@ class Engine:
         self._cached = text[: self._runner.num_committed]
 
 
-def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> tuple[Drafter | None, NestedTree, str]:
+class _Heads(NamedTuple):
+    """What came of loading the heads: a drafter, or the reason why there is none."""
+
+    drafter: Drafter | None
+    trees: NestedTree
+    reason: str = ""
+    notes: tuple[str, ...] = ()
+
+
+def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> _Heads:
     path = source.heads_path if heads == "auto" else Path(heads) if heads and heads != "none" else None
     if path is None:
         reason = "heads were switched off" if heads in (None, "none") else f"no heads are known for {source.name}"
-        return None, NestedTree.default(), reason
+        return _Heads(None, NestedTree.default(), reason)
+    config, lm_head = source.config, source.weights.lm_head
     try:
-        target = Target(
-            source.config.hidden_size, source.config.vocab_size, source.name, source.weights.lm_head.dequantize
-        )
-        loaded = read_heads(path, target).heads
+        loaded = read_heads(path, Target(config.hidden_size, config.vocab_size, source.name, lm_head.dequantize))
+        trees = NestedTree.beside(path).limited(loaded.heads.config.num_heads)
     except EngineError as error:
         if heads != "auto":
             raise
-        return None, NestedTree.default(), str(error)
-    drafter = build_drafter(loaded, built, source.weights.lm_head)
-    return drafter, NestedTree.beside(path).limited(loaded.config.num_heads), ""
+        return _Heads(None, NestedTree.default(), str(error))
+    drafter, notes = build_drafter(loaded.heads, built, lm_head)
+    return _Heads(drafter, trees, notes=(*loaded.notes, *notes))

