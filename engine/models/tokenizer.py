@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
 from functools import cached_property
+from pathlib import Path
 from typing import Any
 
 from jinja2 import TemplateError
@@ -23,7 +24,7 @@ from engine.errors import InvalidParameterError, ModelNotFoundError
 from engine.models.gguf_file import TokenizerFields
 from engine.models.hf_folder import TokenizerPieces
 
-__all__ = ["ChatTokenizer", "StreamDecoder", "from_folder", "from_gguf"]
+__all__ = ["ChatTokenizer", "StreamDecoder", "from_folder", "from_gguf", "pieces_from_gguf"]
 
 _CONTROL, _USER_DEFINED = 3, 4  # GGUF token types
 _BYTE_PIECE = re.compile("<0x([0-9A-F]{2})>")
@@ -125,6 +126,17 @@ def from_gguf(fields: TokenizerFields) -> ChatTokenizer:
     """
     if not fields.chat_template:
         raise ModelNotFoundError("This GGUF file has no chat template; use an instruction-tuned model.")
+    return ChatTokenizer(_gguf_tokenizer(fields), fields.chat_template, [fields.end_token_id])
+
+
+def pieces_from_gguf(fields: TokenizerFields, folder: Path) -> TokenizerPieces:
+    """Write the tokenizer that a GGUF file describes as tokenizer.json into `folder`; return what goes with it."""
+    path = folder / "tokenizer.json"
+    _gguf_tokenizer(fields).save(str(path))
+    return TokenizerPieces(path, fields.chat_template, (fields.end_token_id,))
+
+
+def _gguf_tokenizer(fields: TokenizerFields) -> Tokenizer:
     vocabulary = {token: index for index, token in enumerate(fields.tokens)}
     merges = [(left, right) for left, right in (merge.split(" ", 1) for merge in fields.merges)]
     tokenizer = Tokenizer(BPE(vocab=vocabulary, merges=merges, fuse_unk=False))
@@ -133,7 +145,7 @@ def from_gguf(fields: TokenizerFields) -> ChatTokenizer:
     for token, kind in zip(fields.tokens, fields.token_types, strict=True):
         if kind in (_CONTROL, _USER_DEFINED):
             tokenizer.add_special_tokens([AddedToken(token, special=kind == _CONTROL, normalized=False)])
-    return ChatTokenizer(tokenizer, fields.chat_template, [fields.end_token_id])
+    return tokenizer
 
 
 def _pre_tokenizer(name: str) -> PreTokenizer:

@@ -11,23 +11,25 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from engine.backbone import Backbone
-from engine.errors import ModelNotFoundError
+from engine.backbone import Backbone, BackboneConfig, BackboneWeights
 from engine.linear import DenseLinear
-from engine.models.gguf_file import GGUFModel
-from engine.models.loader import bundled_path
-from engine.models.tokenizer import ChatTokenizer, from_gguf
+from engine.models.loader import BUNDLED, bundled_path, open_model
+from engine.models.tokenizer import ChatTokenizer
 
-__all__ = ["TrainingModel", "attend_causal", "find_model", "load_model"]
+__all__ = ["TrainingModel", "attend_causal", "dense_backbone", "load_model"]
 
 
 @dataclass(frozen=True)
 class TrainingModel:
-    """A backbone and the tokenizer that belongs to it; `name` is what heads trained on it are filed under."""
+    """A backbone and the tokenizer that belongs to it; `name` is what heads trained on it are filed under.
+
+    `path` is the file or folder that they came from.
+    """
 
     name: str
     backbone: Backbone
     tokenizer: ChatTokenizer
+    path: Path
 
     @property
     def device(self) -> torch.device:
@@ -43,10 +45,20 @@ class TrainingModel:
 
 
 def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torch.bfloat16) -> TrainingModel:
-    """Load "bundled" or a GGUF file with plain matrices; raises ModelNotFoundError for anything else."""
-    path = find_model(model)
-    source = GGUFModel(path)
-    config, weights = source.config(), source.weights()
+    """Load "bundled", a GGUF file or a model folder with plain matrices; raises ModelNotFoundError for anything else.
+
+    A file's model is named after the file, a folder's after the folder.
+    """
+    source = open_model(model)
+    path = bundled_path() if source.name == BUNDLED else Path(model).expanduser()
+    name = path.stem if path.is_file() else source.name
+    return TrainingModel(name, dense_backbone(source.config, source.weights, device, dtype), source.tokenizer, path)
+
+
+def dense_backbone(
+    config: BackboneConfig, weights: BackboneWeights, device: str | torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Backbone:
+    """Build a frozen backbone over plain matrices; a tied output matrix stays one with the embedding."""
     embedding = nn.Embedding.from_pretrained(weights.embedding.dequantize().to(dtype))
     lm_head = DenseLinear(weights.lm_head, dtype)
     if weights.lm_head is weights.embedding:
@@ -54,18 +66,7 @@ def load_model(model: str, device: str | torch.device, dtype: torch.dtype = torc
     backbone = Backbone(
         config, weights, embed=embedding, linear=lambda weight: DenseLinear(weight, dtype), lm_head=lm_head, dtype=dtype
     )
-    backbone.requires_grad_(False)
-    return TrainingModel(path.stem, backbone.to(device), from_gguf(source.tokenizer_fields()))
-
-
-def find_model(model: str) -> Path:
-    """Return the file behind a model's name."""
-    if model == "bundled":
-        return bundled_path()
-    path = Path(model).expanduser()
-    if path.suffix != ".gguf" or not path.is_file():
-        raise ModelNotFoundError(f"{model} is not a GGUF file; give 'bundled' or the path of a .gguf file.")
-    return path
+    return backbone.requires_grad_(False).to(device)
 
 
 def attend_causal(_: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -1,45 +1,25 @@
 """MEDUSA-1: train draft heads on a frozen backbone's hidden states.
 
 The states are read from a cache, so an epoch costs the heads alone and several variants can share it. A batch is a set
-of windows of the flat text; in each, the positions whose next two tokens are labels of one answer are trained on. The
-schedule follows the larger of steps done and time used, so a run that hits its time limit has still cooled down.
+of windows of the flat text; in each, the positions whose next two tokens are labels of one answer are trained on.
 """
 
-import math
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from engine.heads import HeadsConfig, MedusaHeads, seen_embeddings
-from engine.training.checkpoint import load_checkpoint, save_checkpoint
 from engine.training.dataset import HiddenCache
 from engine.training.dense import TrainingModel
+from engine.training.loop import TrainingLoop, TrainingPlan
 from engine.training.losses import IGNORED, head_loss
 
-__all__ = ["HeadTrainer", "TrainingPlan", "Vocabulary", "build_heads"]
+__all__ = ["HeadBatch", "HeadSums", "HeadTrainer", "TrainingPlan", "Vocabulary", "build_heads", "heads_loss"]
 
 DEPTH_WEIGHT = 0.8  # head i counts 0.8^i (MEDUSA, section 2.2)
-
-
-@dataclass(frozen=True)
-class TrainingPlan:
-    """How long and how fast to learn; `seconds` bounds the time of all starts of a run together."""
-
-    epochs: float = 3.0
-    seconds: float = float("inf")
-    batch_tokens: int = 16384
-    window: int = 256
-    learning_rate: float = 1.5e-3
-    warmup_steps: int = 100
-    weight_decay: float = 0.01
-    clip_norm: float = 1.0
-    checkpoint_seconds: float = 60.0
-    report_seconds: float = 5.0
-    seed: int = 0
 
 
 class Vocabulary:
@@ -65,9 +45,11 @@ class Vocabulary:
         steps = torch.arange(1, count + 1, device=rows.device)
         return self.embeddings[tokens[(rows.unsqueeze(1) + steps).clamp(max=tokens.numel() - 1)]]
 
-    def output_of(self, heads: MedusaHeads, head: int) -> Tensor:
-        """Return the output matrix that `head` uses."""
-        return heads.outputs[head].weight if heads.config.output.startswith("own") else self.rows
+    def output_of(self, heads: MedusaHeads, head: int, shared: Tensor | None = None) -> Tensor:
+        """Return the output matrix that `head` uses; `shared` stands in for the vocabulary's own rows."""
+        if heads.config.output.startswith("own"):
+            return heads.outputs[head].weight
+        return self.rows if shared is None else shared
 
 
 def build_heads(config: HeadsConfig, vocabulary: Vocabulary, seed: int = 0) -> MedusaHeads:
@@ -82,8 +64,8 @@ def build_heads(config: HeadsConfig, vocabulary: Vocabulary, seed: int = 0) -> M
 
 
 @dataclass(frozen=True)
-class _Batch:
-    """Windows one behind the other: hidden [n, hidden], tokens [n]; `rows` to learn at and their runs of labels."""
+class HeadBatch:
+    """Text one behind the other: hidden [n, hidden], tokens [n]; `rows` to learn at and their runs of labels."""
 
     hidden: Tensor
     tokens: Tensor
@@ -91,20 +73,62 @@ class _Batch:
     run: Tensor
 
 
-@dataclass
-class _Sums:
+class HeadSums:
     """Sums since the last report, by head, on the device."""
 
-    loss: Tensor
-    top1: Tensor
-    top5: Tensor
-    count: Tensor
-    tokens: int = 0
-    since: float = field(default_factory=time.monotonic)
+    def __init__(self, num_heads: int, device: torch.device) -> None:
+        self.loss, self.top1, self.top5, self.count = torch.zeros(4, num_heads, device=device)
+        self.tokens = 0
+
+    def add(self, head: int, loss: Tensor, rank: Tensor, weight: Tensor) -> None:
+        """Count one head's rows: their summed loss, their ranks, and the weight of each."""
+        self.loss[head] += loss.detach()
+        self.count[head] += weight.sum()
+        self.top1[head] += ((rank < 1) * weight).sum()
+        self.top5[head] += ((rank < 5) * weight).sum()
+
+    def figures(self, seconds: float) -> dict[str, float]:
+        """Return mean loss and rate."""
+        loss = self.loss / self.count.clamp(min=1)
+        return {"loss": float(loss.mean()), "tokens_per_second": self.tokens / max(seconds, 1e-9)}
+
+    def by_head(self) -> str:
+        """Return top-1/top-5 accuracy of each head."""
+        top1, top5 = ((part / self.count.clamp(min=1)).tolist() for part in (self.top1, self.top5))
+        return " ".join(f"{one:.3f}/{five:.3f}" for one, five in zip(top1, top5, strict=True))
 
 
-class HeadTrainer:
-    """One variant's training; `run` returns when the plan is done. Goes on from `checkpoint` where that exists."""
+def heads_loss(
+    heads: MedusaHeads,
+    vocabulary: Vocabulary,
+    batch: HeadBatch,
+    teacher: Tensor,
+    sums: HeadSums,
+    shared: Tensor | None = None,
+) -> Tensor:
+    """Return the sum over heads of 0.8^i times the mean loss of head i.
+
+    teacher [n, draft vocab]: each position's own next-token scores. `shared` [draft vocab, hidden] stands in for the
+    vocabulary's rows where `lm_head` learns too. Differentiable in the heads, `batch.hidden` and `shared`.
+    """
+    hidden, last = batch.hidden[batch.rows], batch.tokens.numel() - 1
+    total = torch.zeros((), device=hidden.device)
+    for head in range(heads.config.num_heads):
+        seen = vocabulary.seen_by(heads, head, batch.tokens, batch.rows)
+        with torch.autocast(hidden.device.type, torch.bfloat16):
+            features = heads.features(head, hidden, seen).to(hidden.dtype)
+        gold = vocabulary.place[batch.tokens[(batch.rows + head + 2).clamp(max=last)]]
+        weight = (batch.run >= head + 2).float()
+        output = vocabulary.output_of(heads, head, shared)
+        teacher_rows = (batch.rows + head + 1).clamp(max=last)
+        loss, rank = head_loss(features, output, teacher, teacher_rows, gold, weight)
+        total = total + DEPTH_WEIGHT**head * loss / weight.sum().clamp(min=1)
+        sums.add(head, loss, rank, weight)
+    return total
+
+
+class HeadTrainer(TrainingLoop):
+    """One variant's training. Goes on from `checkpoint` where that exists."""
 
     def __init__(
         self,
@@ -114,77 +138,35 @@ class HeadTrainer:
         plan: TrainingPlan,
         checkpoint: Path | None = None,
     ) -> None:
-        self.heads, self.vocabulary, self.cache, self.plan = heads, vocabulary, cache, plan
-        self.checkpoint, self.device = checkpoint, cache.hidden.device
-        self.optimizer = torch.optim.AdamW(
-            heads.parameters(),
-            lr=plan.learning_rate,
-            betas=(0.9, 0.95),
-            weight_decay=plan.weight_decay,
-            fused=self.device.type == "cuda",
-        )
+        self.heads, self.vocabulary, self.cache = heads, vocabulary, cache
         self.halo = heads.config.num_heads + 1
         self.windows_per_step = max(1, plan.batch_tokens // plan.window)
         self.num_windows = max(1, cache.num_tokens // plan.window)
-        self.steps_per_epoch = max(1, self.num_windows // self.windows_per_step)
-        self.total_steps = max(1, math.ceil(plan.epochs * self.steps_per_epoch))
-        self.step, self.elapsed = 0, 0.0
+        groups = [(list(heads.parameters()), 1.0)]
+        super().__init__(heads, groups, plan, self.num_windows // self.windows_per_step, checkpoint)
         self._order: tuple[int, Tensor] = (-1, torch.empty(0))
-        if checkpoint is not None and checkpoint.is_file():
-            self.step, self.elapsed = load_checkpoint(checkpoint, heads, self.optimizer, self._settings())
+        self._sums = HeadSums(heads.config.num_heads, self.device)
+        self.resume({**heads.config.to_dict(), "tokens": cache.num_tokens})
 
-    def run(self, report: Callable[[str], None]) -> dict[str, float]:
-        """Train to the end of the plan; return the last report's figures."""
-        start = time.monotonic() - self.elapsed
-        saved, sums, figures = time.monotonic(), self._fresh_sums(), {}
-        while True:
-            self.elapsed = time.monotonic() - start
-            share = max(self.step / self.total_steps, self.elapsed / self.plan.seconds)
-            if (share >= 1 and sums.tokens) or time.monotonic() - sums.since > self.plan.report_seconds:
-                figures = self._report(sums, share, report)
-                sums = self._fresh_sums()
-            if share >= 1:
-                break
-            self._set_rate(share)
-            self._train_step(sums)
-            self.step += 1
-            if time.monotonic() - saved > self.plan.checkpoint_seconds:
-                self._save()
-                saved = time.monotonic()
-        self._save()
-        return figures
-
-    def _train_step(self, sums: _Sums) -> None:
+    def train_step(self, share: float) -> bool:
         batch = self._batch()
         if batch is None:  # nothing to learn from in these windows
-            return
-        loss = self._loss(batch, sums)
-        self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
-        nn.utils.clip_grad_norm_(self.heads.parameters(), self.plan.clip_norm)
-        self.optimizer.step()
-        sums.tokens += batch.tokens.numel()
+            return False
+        teacher = batch.hidden @ self.vocabulary.rows.T
+        self.apply_gradients(heads_loss(self.heads, self.vocabulary, batch, teacher, self._sums))
+        self._sums.tokens += batch.tokens.numel()
+        return True
 
-    def _loss(self, batch: _Batch, sums: _Sums) -> Tensor:
-        teacher = batch.hidden @ self.vocabulary.rows.T  # each position's own next-token scores [tokens, draft vocab]
-        hidden = batch.hidden[batch.rows]
-        total = torch.zeros((), device=self.device)
-        for head in range(self.heads.config.num_heads):
-            seen = self.vocabulary.seen_by(self.heads, head, batch.tokens, batch.rows)
-            with torch.autocast(self.device.type, torch.bfloat16):
-                features = self.heads.features(head, hidden, seen).to(batch.hidden.dtype)
-            gold = self.vocabulary.place[batch.tokens[batch.rows + head + 2]]
-            weight = (batch.run >= head + 2).float()
-            output = self.vocabulary.output_of(self.heads, head)
-            loss, rank = head_loss(features, output, teacher, batch.rows + head + 1, gold, weight)
-            total = total + DEPTH_WEIGHT**head * loss / weight.sum().clamp(min=1)
-            sums.loss[head] += loss.detach()
-            sums.count[head] += weight.sum()
-            sums.top1[head] += ((rank < 1) * weight).sum()
-            sums.top5[head] += ((rank < 5) * weight).sum()
-        return total
+    def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
+        sums, self._sums = self._sums, HeadSums(self.heads.config.num_heads, self.device)
+        figures = sums.figures(seconds)
+        report(
+            f"step {self.step} of {self.total_steps} ({min(share, 1):.0%}), loss {figures['loss']:.4f}, "
+            f"top-1/top-5 by head {sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
+        )
+        return {**figures, "epochs": self.step / self.steps_per_epoch}
 
-    def _batch(self) -> _Batch | None:
+    def _batch(self) -> HeadBatch | None:
         cache, last = self.cache, self.cache.num_tokens - 1
         columns = torch.arange(self.plan.window + self.halo, device=self.device)
         starts = self._window_starts()
@@ -196,7 +178,7 @@ class HeadTrainer:
         if rows.numel() == 0:
             return None
         index = index.clamp(max=last)
-        return _Batch(cache.hidden[index], cache.tokens[index], rows, run[rows])
+        return HeadBatch(cache.hidden[index], cache.tokens[index], rows, run[rows])
 
     def _window_starts(self) -> Tensor:
         epoch, place = divmod(self.step, self.steps_per_epoch)
@@ -206,32 +188,3 @@ class HeadTrainer:
             starts = torch.randperm(self.num_windows, generator=generator) * self.plan.window + shift
             self._order = (epoch, starts.to(self.device))
         return self._order[1][place * self.windows_per_step : (place + 1) * self.windows_per_step]
-
-    def _set_rate(self, share: float) -> None:
-        warm = min(1.0, (self.step + 1) / self.plan.warmup_steps)
-        rate = self.plan.learning_rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * share)))
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-    def _report(self, sums: _Sums, share: float, report: Callable[[str], None]) -> dict[str, float]:
-        count = sums.count.clamp(min=1)
-        loss, top1, top5 = (part / count for part in (sums.loss, sums.top1, sums.top5))
-        rate = sums.tokens / max(time.monotonic() - sums.since, 1e-9)
-        by_head = " ".join(f"{one:.3f}/{five:.3f}" for one, five in zip(top1.tolist(), top5.tolist(), strict=True))
-        report(
-            f"step {self.step} of {self.total_steps} ({min(share, 1):.0%}), loss {loss.mean():.4f}, "
-            f"top-1/top-5 by head {by_head}, {rate:,.0f} tokens/s"
-        )
-        return {"loss": float(loss.mean()), "tokens_per_second": rate, "epochs": self.step / self.steps_per_epoch}
-
-    def _fresh_sums(self) -> _Sums:
-        return _Sums(*torch.zeros(4, self.heads.config.num_heads, device=self.device))
-
-    def _settings(self) -> dict[str, object]:
-        timing = ("seconds", "checkpoint_seconds", "report_seconds")
-        plan = {name: value for name, value in asdict(self.plan).items() if name not in timing}
-        return {**plan, **self.heads.config.to_dict(), "tokens": self.cache.num_tokens}
-
-    def _save(self) -> None:
-        if self.checkpoint is not None:
-            save_checkpoint(self.checkpoint, self.heads, self.optimizer, self.step, self.elapsed, self._settings())

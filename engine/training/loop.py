@@ -1,0 +1,126 @@
+"""The loop that all training here shares: schedule, checkpoint, live line. What a step does is not known here.
+
+The schedule follows the larger of steps done and time used, so a run that hits its time limit has still cooled down.
+"""
+
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from engine.training.checkpoint import load_checkpoint, save_checkpoint
+
+__all__ = ["TrainingLoop", "TrainingPlan"]
+
+FINAL_RATE = 0.02  # of the plan's learning rate
+
+
+@dataclass(frozen=True)
+class TrainingPlan:
+    """How long and how fast to learn; `seconds` bounds the time of all starts of a run together."""
+
+    epochs: float = 3.0
+    seconds: float = float("inf")
+    batch_tokens: int = 16384
+    window: int = 256
+    learning_rate: float = 1.5e-3
+    warmup_steps: int = 100
+    weight_decay: float = 0.01
+    clip_norm: float = 1.0
+    checkpoint_seconds: float = 60.0
+    report_seconds: float = 5.0
+    seed: int = 0
+
+
+class TrainingLoop(ABC):
+    """`run` trains to the end of the plan. A subclass says what one step learns and what the live line shows.
+
+    `module` is what a checkpoint holds; `groups` maps parameters to their multiple of the plan's learning rate.
+    """
+
+    def __init__(
+        self,
+        module: nn.Module,
+        groups: list[tuple[list[nn.Parameter], float]],
+        plan: TrainingPlan,
+        steps_per_epoch: int,
+        checkpoint: Path | None,
+    ) -> None:
+        self.module, self.plan, self.checkpoint = module, plan, checkpoint
+        self.rates = [rate for _, rate in groups]
+        self.device = groups[0][0][0].device
+        self.optimizer = torch.optim.AdamW(
+            [{"params": parameters} for parameters, _ in groups],
+            lr=plan.learning_rate,
+            betas=(0.9, 0.95),
+            weight_decay=plan.weight_decay,
+            fused=self.device.type == "cuda",
+        )
+        self.steps_per_epoch = max(1, steps_per_epoch)
+        self.total_steps = max(1, math.ceil(plan.epochs * self.steps_per_epoch))
+        self.step, self.elapsed = 0, 0.0
+
+    def resume(self, settings: dict[str, object]) -> None:
+        """Take up the checkpoint where there is one; `settings` beyond the plan's must be the same as then."""
+        timing = ("seconds", "checkpoint_seconds", "report_seconds")
+        plan = {name: value for name, value in asdict(self.plan).items() if name not in timing}
+        self._settings = {**plan, **settings}
+        if self.checkpoint is not None and self.checkpoint.is_file():
+            self.step, self.elapsed = load_checkpoint(self.checkpoint, self.module, self.optimizer, self._settings)
+
+    def run(self, report: Callable[[str], None]) -> dict[str, float]:
+        """Train to the end of the plan; return the last report's figures."""
+        start = time.monotonic() - self.elapsed
+        saved, reported, figures, has_news = time.monotonic(), time.monotonic(), {}, False
+        while True:
+            self.elapsed = time.monotonic() - start
+            share = self.share
+            if (share >= 1 and has_news) or time.monotonic() - reported > self.plan.report_seconds:
+                figures = self.report(share, time.monotonic() - reported, report)
+                reported, has_news = time.monotonic(), False
+            if share >= 1:
+                break
+            self._set_rate(share)
+            has_news |= self.train_step(share)
+            self.step += 1
+            if time.monotonic() - saved > self.plan.checkpoint_seconds:
+                self._save()
+                saved = time.monotonic()
+        self._save()
+        return figures
+
+    @property
+    def share(self) -> float:
+        """How much of the plan is done, by steps or by time."""
+        return max(self.step / self.total_steps, self.elapsed / self.plan.seconds)
+
+    @abstractmethod
+    def train_step(self, share: float) -> bool:
+        """Learn from step number `self.step`'s batch; return whether there was anything to learn from."""
+
+    @abstractmethod
+    def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
+        """Tell the figures of the last `seconds` in one line and begin new sums; return the figures."""
+
+    def apply_gradients(self, loss: Tensor) -> None:
+        """Take one optimiser step; each group's gradients are clipped on their own."""
+        self.optimizer.zero_grad(set_to_none=True)
+        loss.backward()
+        for group in self.optimizer.param_groups:
+            nn.utils.clip_grad_norm_(group["params"], self.plan.clip_norm)
+        self.optimizer.step()
+
+    def _set_rate(self, share: float) -> None:
+        warm = min(1.0, (self.step + 1) / self.plan.warmup_steps)
+        cooled = FINAL_RATE + (1 - FINAL_RATE) * 0.5 * (1 + math.cos(math.pi * share))
+        for group, rate in zip(self.optimizer.param_groups, self.rates, strict=True):
+            group["lr"] = self.plan.learning_rate * rate * warm * cooled
+
+    def _save(self) -> None:
+        if self.checkpoint is not None:
+            save_checkpoint(self.checkpoint, self.module, self.optimizer, self.step, self.elapsed, self._settings)
