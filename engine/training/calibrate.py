@@ -9,7 +9,7 @@ where the last one ended, so places with long acceptance are not counted too oft
 import heapq
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,7 +18,15 @@ import numpy as np
 from engine.training.ranks import MISSED, AnswerRanks
 from engine.tree import MAX_TREE_NODES, Choice
 
-__all__ = ["ESTIMATORS", "Calibration", "calibrate", "node_order", "tokens_per_step", "write_calibration"]
+__all__ = [
+    "ESTIMATORS",
+    "Calibration",
+    "calibrate",
+    "expected_worth",
+    "node_order",
+    "tokens_per_step",
+    "write_calibration",
+]
 
 NEVER = 1 << 20  # nodes needed where no tree would do
 Chance = Callable[[Choice], float]  # of a node's path being accepted
@@ -126,7 +134,14 @@ def calibrate(measured: AnswerRanks, sizes: Sequence[int] = (4, 8, 16, 63)) -> C
     )
 
 
-def write_calibration(path: Path, calibration: Calibration, about: dict[str, object] | None = None) -> None:
+def expected_worth(calibration: Calibration) -> str:
+    """Return what trees of a few sizes are worth, for people."""
+    sizes = [size for size in (4, 8, 16, 63) if size < len(calibration.expected)]
+    figures = ", ".join(f"{calibration.expected[size]:.2f} with {size}" for size in sizes)
+    return f"expected tokens per step {figures} nodes, measured on {calibration.num_positions:,} positions"
+
+
+def write_calibration(path: Path, calibration: Calibration, about: Mapping[str, object] | None = None) -> None:
     """Write the order and its figures as JSON beside the heads."""
     content = {
         "version": 1,

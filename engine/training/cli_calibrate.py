@@ -5,15 +5,15 @@ from pathlib import Path
 from random import Random
 
 from engine.errors import InvalidParameterError
-from engine.models.head_formats import Target, read_heads
 from engine.nested_tree import tree_file
-from engine.training.calibrate import Calibration, calibrate, write_calibration
+from engine.training.calibrate import calibrate, expected_worth, write_calibration
 from engine.training.chat_format import read_chat_format
 from engine.training.cli_options import (
     Report,
     add_base_options,
     at_least,
     existing_folder,
+    open_heads,
     open_model,
     reporter,
     told_in_a_sentence,
@@ -58,13 +58,7 @@ def run(args: argparse.Namespace) -> int:
     report = reporter()
     text = hold_back(load_text(args.data))[1] if args.data is not None else None
     model = open_model(args.model, args.device, report)
-    config = model.backbone.config
-    checkpoint = read_heads(
-        args.heads, Target(config.hidden_size, config.vocab_size, model.name, lambda: model.lm_head_weight.cpu())
-    )
-    for note in checkpoint.notes:
-        report(note)
-    heads = checkpoint.heads.float().to(model.device)
+    heads = open_heads(args.heads, model, report)
     text = _own_answers(args, model, report) if text is None else text
     measured = measure_ranks(heads, build_cache(model, text), Vocabulary(model, heads.token_map))
     if measured.num_answers < 2:
@@ -72,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
     calibration = calibrate(measured)
     path = tree_file(args.heads)
     write_calibration(path, calibration, {"heads": args.heads.name, "model": model.name})
-    print(f"Wrote {path}: {_worth(calibration)}.")
+    print(f"Wrote {path}: {expected_worth(calibration)}.")
     return 0
 
 
@@ -86,9 +80,3 @@ def _own_answers(args: argparse.Namespace, model: TrainingModel, report: Report)
             prompts.append(request)
     report(f"answering {wanted} prompts to measure on")
     return greedy_answers(model, read_chat_format(model.tokenizer), prompts, args.max_answer)
-
-
-def _worth(calibration: Calibration) -> str:
-    sizes = [size for size in (4, 8, 16, 63) if size < len(calibration.expected)]
-    figures = ", ".join(f"{calibration.expected[size]:.2f} with {size}" for size in sizes)
-    return f"expected tokens per step {figures} nodes, measured on {calibration.num_positions:,} positions"

@@ -10,10 +10,21 @@ import torch
 
 from engine.build import choose_device
 from engine.errors import EngineError
+from engine.heads import MedusaHeads
+from engine.models.head_formats import Target, read_heads
 from engine.training.dense import TrainingModel, load_model
 from engine.training.kernel_checks import check_kernels
 
-__all__ = ["Report", "add_base_options", "at_least", "existing_folder", "open_model", "reporter", "told_in_a_sentence"]
+__all__ = [
+    "Report",
+    "add_base_options",
+    "at_least",
+    "existing_folder",
+    "open_heads",
+    "open_model",
+    "reporter",
+    "told_in_a_sentence",
+]
 
 BAD_INPUT = 2
 Report = Callable[[str], None]
@@ -23,7 +34,7 @@ Command = Callable[[argparse.Namespace], int]
 def add_base_options(parser: argparse.ArgumentParser) -> None:
     """Add --model and --device."""
     parser.add_argument(
-        "--model", default="bundled", metavar="NAME|PATH", help="bundled (default) or the path of a .gguf file"
+        "--model", default="bundled", metavar="NAME|PATH", help="bundled (default), a model folder or a .gguf file"
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
@@ -61,6 +72,16 @@ def open_model(model: str, device: str, report: Report) -> TrainingModel:
     if chosen == "cuda":
         check_kernels(report)
     return loaded
+
+
+def open_heads(path: Path, model: TrainingModel, report: Report) -> MedusaHeads:
+    """Load heads of any layout that belong to `model`, in float32 on its device."""
+    config = model.backbone.config
+    target = Target(config.hidden_size, config.vocab_size, model.name, lambda: model.lm_head_weight.cpu())
+    checkpoint = read_heads(path, target)
+    for note in checkpoint.notes:
+        report(note)
+    return checkpoint.heads.float().to(model.device)
 
 
 def told_in_a_sentence(command: Command) -> Command:

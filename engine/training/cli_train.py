@@ -1,4 +1,7 @@
-"""The `train` subcommand: draft heads from a data folder. Arguments in, one heads file and its checkpoint out."""
+"""The `train` subcommand: draft heads, or a model together with its heads, from a data folder.
+
+Arguments in; one heads file or one model folder, and the checkpoint, out.
+"""
 
 import argparse
 import math
@@ -7,30 +10,42 @@ from pathlib import Path
 import torch
 
 from engine.errors import InvalidParameterError
-from engine.heads import OUTPUTS, SEES, HeadsConfig, parameter_count
+from engine.heads import OUTPUTS, SEES, HeadsConfig, MedusaHeads, parameter_count
 from engine.models.heads_file import STORAGES, save_heads
 from engine.training.cli_options import (
     Report,
     add_base_options,
     at_least,
     existing_folder,
+    open_heads,
     open_model,
     reporter,
     told_in_a_sentence,
 )
 from engine.training.dataset import TextSet, build_cache, hold_back, load_text, most_used_tokens
 from engine.training.dense import TrainingModel
+from engine.training.joint_result import train_jointly
 from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
+from engine.training.medusa2 import JointPlan
 from engine.training.shards import read_index
 
 __all__ = ["EPILOG", "add_arguments", "run"]
 
 EPILOG = """\
-The backbone stays as it is; only the heads learn. Progress is saved beside the heads (.ckpt): the same command goes on
-where a stopped one was. Afterwards run calibrate, which chooses the candidate tree.
+With the recipe medusa1 the model stays as it is and only the heads learn; afterwards run calibrate, which chooses the
+candidate tree. With medusa2 the model learns too, through adapters that are held to what it said before; the result is
+a new model folder with its heads and their tree, which the app opens with --model FOLDER. Give it trained heads to
+start from (--start-heads); without, the heads learn alone first.
 
-example:
-  python launcher.py train --data data --out heads.safetensors --sees path --epochs 4"""
+Progress is saved beside the result (.ckpt): the same command goes on where a stopped one was.
+
+examples:
+  python launcher.py train --data data --out heads.safetensors --sees path --epochs 4
+  python launcher.py train --data data --out tuned --recipe medusa2 --start-heads heads.safetensors"""
+
+EPOCHS = {"medusa1": 4.0, "medusa2": 1.0}
+RATES = {"medusa1": TrainingPlan.learning_rate, "medusa2": JointPlan.learning_rate}
+HEADS_ALONE = 0.3  # of a joint training that starts with fresh heads
 
 BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 
@@ -39,9 +54,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `train` takes."""
     add_base_options(parser)
     parser.add_argument("--data", required=True, type=existing_folder, metavar="DIR", help="data of `distill`")
-    parser.add_argument("--out", required=True, type=Path, metavar="HEADS", help="the .safetensors file to write")
     parser.add_argument(
-        "--recipe", choices=("medusa1", "medusa2"), default="medusa1", help="only medusa1 exists in this version"
+        "--out", required=True, type=Path, metavar="PATH", help="the .safetensors file to write; medusa2: the folder"
+    )
+    parser.add_argument(
+        "--recipe", choices=("medusa1", "medusa2"), default="medusa1", help="heads alone (default), or the model too"
+    )
+    parser.add_argument(
+        "--start-heads", type=Path, metavar="HEADS", help="go on from these heads; their shape and vocabulary stay"
     )
     shape = parser.add_argument_group("heads")
     shape.add_argument("--heads", type=at_least(1), default=4, metavar="N", help="number of heads (default: 4)")
@@ -55,13 +75,39 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--draft-vocab", type=at_least(1), default=16384, metavar="N", help="tokens of a truncated output"
     )
     learn = parser.add_argument_group("learning")
-    learn.add_argument("--epochs", type=at_least(0, float), default=4.0, metavar="N", help="default: 4")
+    learn.add_argument("--epochs", type=at_least(0, float), metavar="N", help="default: 4; medusa2: 1")
     learn.add_argument("--time-limit", type=at_least(1, float), metavar="SECONDS", help="of all starts together")
-    learn.add_argument("--learning-rate", type=at_least(0, float), default=1.5e-3, metavar="R", help="default: 0.0015")
+    learn.add_argument(
+        "--learning-rate",
+        type=at_least(0, float),
+        metavar="R",
+        help="default: 0.0015; medusa2: 0.0005 for the model, and four times that for the heads",
+    )
     learn.add_argument("--batch-tokens", type=at_least(1), metavar="N", help="tokens a step (default: by device)")
     learn.add_argument("--max-tokens", type=at_least(1), metavar="N", help="tokens of data used (default: by memory)")
     learn.add_argument(
         "--save-every", type=at_least(0, float), default=60.0, metavar="SECONDS", help="checkpoint (default: 60)"
+    )
+    joint = parser.add_argument_group("medusa2")
+    joint.add_argument(
+        "--lambda0",
+        type=at_least(0, float),
+        default=JointPlan.lambda0,
+        metavar="X",
+        help=f"weight of the heads' loss beside the model's; more moves the model more (default: {JointPlan.lambda0})",
+    )
+    joint.add_argument(
+        "--heads-first",
+        type=at_least(0, float),
+        metavar="SHARE",
+        help=f"part in which only the heads learn (default: 0 with --start-heads, else {HEADS_ALONE})",
+    )
+    joint.add_argument(
+        "--ramp",
+        type=at_least(0, float),
+        default=JointPlan.ramp,
+        metavar="SHARE",
+        help=f"part over which lambda0 rises to its value (default: {JointPlan.ramp})",
     )
     learn.add_argument("--storage", choices=list(STORAGES), default="int8", help="numbers in the file (default: int8)")
 
@@ -72,8 +118,9 @@ def _width(text: str) -> int | None:
 
 @told_in_a_sentence
 def run(args: argparse.Namespace) -> int:
-    """Train and write the heads; returns the exit code."""
-    checkpoint = args.out.with_suffix(".ckpt")
+    """Train and write the result; returns the exit code."""
+    is_joint = args.recipe == "medusa2"
+    checkpoint = args.out.with_name(args.out.name + ".ckpt") if is_joint else args.out.with_suffix(".ckpt")
     _check(args, checkpoint)
     report = reporter()
     text = load_text(args.data)
@@ -84,28 +131,46 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidParameterError(f"{args.data} holds too little; let distill write at least 20 conversations.")
     train = _limited(args, train, model, report)
     report(f"{train.num_documents:,} conversations, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
-    vocabulary = Vocabulary(model, _token_map(args, train, model))
-    heads = build_heads(_shape(args, model, vocabulary), vocabulary)
-    report(f"{args.heads} heads, {parameter_count(heads):,} parameters")
-    cache = build_cache(model, train, report=report)
+    heads, vocabulary = _heads(args, train, model, report)
+    plan = _plan(args, train, model)
     args.out.parent.mkdir(parents=True, exist_ok=True)
-    trainer = HeadTrainer(heads, vocabulary, cache, _plan(args, train, model), checkpoint)
-    if trainer.step:
-        report(f"going on at step {trainer.step} of {trainer.total_steps}")
-    figures = trainer.run(report)
-    save_heads(args.out, heads, {"base_model": model.name}, storage=args.storage)
-    loss = f", loss {figures['loss']:.4f}" if figures else ""
-    print(f"Wrote {args.heads} heads to {args.out} after {trainer.step} steps{loss}.")
+    if isinstance(plan, JointPlan):
+        line = train_jointly(model, heads, vocabulary, train, held, plan, checkpoint, args.out, args.storage, report)
+    else:
+        cache = build_cache(model, train, report=report)
+        trainer = HeadTrainer(heads, vocabulary, cache, plan, checkpoint)
+        figures = trainer.run_reported(report)
+        save_heads(args.out, heads, {"base_model": model.name}, storage=args.storage)
+        loss = f", loss {figures['loss']:.4f}" if figures else ""
+        line = f"Wrote {heads.config.num_heads} heads to {args.out} after {trainer.step} steps{loss}."
+    print(line)
     return 0
 
 
 def _check(args: argparse.Namespace, checkpoint: Path) -> None:
-    if args.recipe == "medusa2":
-        raise InvalidParameterError("The recipe medusa2 (training the backbone too) is not available; use medusa1.")
-    if args.out.suffix != ".safetensors":
+    is_file = args.out.suffix == ".safetensors"
+    if args.recipe == "medusa1" and not is_file:
         raise InvalidParameterError(f"--out is {args.out}; a heads file ends in .safetensors.")
+    if args.recipe == "medusa2" and is_file:
+        raise InvalidParameterError(f"--out is {args.out}; medusa2 writes a model, so name a folder.")
     if args.out.exists() and not checkpoint.exists():
         raise InvalidParameterError(f"{args.out} exists and has no checkpoint to go on from; give another --out.")
+    if args.start_heads is not None and not args.start_heads.exists():
+        raise InvalidParameterError(f"There are no heads at {args.start_heads}; check --start-heads.")
+
+
+def _heads(
+    args: argparse.Namespace, train: TextSet, model: TrainingModel, report: Report
+) -> tuple[MedusaHeads, Vocabulary]:
+    """Return the heads to train, given or fresh, and their vocabulary."""
+    if args.start_heads is None:
+        vocabulary = Vocabulary(model, _token_map(args, train, model))
+        heads = build_heads(_shape(args, model, vocabulary), vocabulary)
+    else:
+        heads = open_heads(args.start_heads, model, report)
+        vocabulary = Vocabulary(model, heads.token_map)
+    report(f"{heads.config.num_heads} heads, {parameter_count(heads):,} parameters")
+    return heads, vocabulary
 
 
 def _check_model(args: argparse.Namespace, model: TrainingModel) -> None:
@@ -137,20 +202,28 @@ def _token_map(args: argparse.Namespace, train: TextSet, model: TrainingModel) -
 
 def _plan(args: argparse.Namespace, train: TextSet, model: TrainingModel) -> TrainingPlan:
     batch = args.batch_tokens or BATCH_TOKENS[model.device.type]
-    steps = math.ceil(args.epochs * train.num_tokens / batch)
-    return TrainingPlan(
-        epochs=args.epochs,
+    epochs = EPOCHS[args.recipe] if args.epochs is None else args.epochs
+    steps = math.ceil(epochs * train.num_tokens / batch)
+    plan = TrainingPlan(
+        epochs=epochs,
         seconds=float("inf") if args.time_limit is None else args.time_limit,
         batch_tokens=batch,
-        learning_rate=args.learning_rate,
+        learning_rate=RATES[args.recipe] if args.learning_rate is None else args.learning_rate,
         warmup_steps=max(1, min(100, steps // 10)),
         checkpoint_seconds=args.save_every,
     )
+    if args.recipe == "medusa1":
+        return plan
+    alone = args.heads_first
+    if alone is None:
+        alone = HEADS_ALONE if args.start_heads is None else 0.0
+    return JointPlan(**vars(plan), lambda0=args.lambda0, heads_first=alone, ramp=args.ramp)
 
 
 def _limited(args: argparse.Namespace, train: TextSet, model: TrainingModel, report: Report) -> TextSet:
-    """Return as much of the text as was asked for, or as its hidden states leave room for."""
-    row_bytes = 2 * model.backbone.config.hidden_size + 9
+    """Return as much of the text as was asked for, or as what is kept of it leaves room for."""
+    kept = 0 if args.recipe == "medusa2" else model.backbone.config.hidden_size  # hidden states, in 16 bits
+    row_bytes = 2 * kept + 9
     room = int(torch.cuda.mem_get_info()[0] * 0.6) if model.device.type == "cuda" else 4 * 2**30
     limit = args.max_tokens or room // row_bytes
     if train.num_tokens <= limit:

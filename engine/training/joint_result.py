@@ -3,25 +3,33 @@
 The app and the training commands open that folder like any other model and find the heads and the tree in it.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights
 from engine.block_weights import DenseWeight
+from engine.errors import InvalidParameterError
 from engine.heads import MedusaHeads
 from engine.models.gguf_file import GGUFModel
 from engine.models.heads_file import save_heads
 from engine.models.hf_folder import HFFolder, TokenizerPieces, save_hf_folder
 from engine.models.tokenizer import pieces_from_gguf
 from engine.nested_tree import tree_file
-from engine.training.calibrate import Calibration, write_calibration
+from engine.training.calibrate import calibrate, expected_worth, write_calibration
+from engine.training.dataset import TextSet, build_cache
 from engine.training.dense import TrainingModel, dense_backbone
+from engine.training.joint_quality import compare
 from engine.training.lora import LoraAdapters, LoraLinear
+from engine.training.medusa1 import Vocabulary
+from engine.training.medusa2 import JointPlan, JointTrainer
+from engine.training.ranks import measure_ranks
 
-__all__ = ["HEADS_FILE", "merged_model", "merged_weights", "save_model"]
+__all__ = ["HEADS_FILE", "adapter_tensors", "merged_model", "merged_weights", "save_model", "train_jointly"]
 
 HEADS_FILE = "heads.safetensors"  # where a model folder keeps its heads
 
@@ -33,9 +41,45 @@ def merged_weights(model: TrainingModel) -> BackboneWeights:
     assert isinstance(backbone.lm_head, LoraLinear), "the model has no adapters"
     return BackboneWeights(
         embedding=DenseWeight(backbone.embed.weight.float()),
-        layers=[_layer(layer, backbone.config) for layer in backbone.layers],
+        layers=[_layer(layer, backbone.config) for layer in backbone.layers],  # of DecoderLayer, adapted
         norm=backbone.norm.weight.float(),
         lm_head=DenseWeight(_merged(backbone.lm_head)),
+    )
+
+
+def train_jointly(
+    model: TrainingModel,
+    heads: MedusaHeads,
+    vocabulary: Vocabulary,
+    train: TextSet,
+    held: TextSet,
+    plan: JointPlan,
+    checkpoint: Path,
+    out: Path,
+    storage: str,
+    report: Callable[[str], None],
+) -> str:
+    """Train model and heads, then write the folder `out`; return the line that says what came of it."""
+    if held.num_documents < 2:
+        raise InvalidParameterError(
+            f"{held.num_documents} held-back conversations are too few to calibrate on; distill at least 20."
+        )
+    trainer = JointTrainer(model, heads, vocabulary, train, plan, checkpoint)
+    trainer.run_reported(report)
+    tuned = merged_model(model)
+    report("adapters merged; measuring on the held-back conversations")
+    cache = build_cache(tuned, held)
+    calibration = calibrate(measure_ranks(heads, cache, Vocabulary(tuned, heads.token_map)))
+    weights = merged_weights(model)
+    trainer.adapters.take_out(model.backbone)
+    quality = compare(model, tuned, held)
+    out.mkdir(parents=True, exist_ok=True)
+    write_calibration(tree_file(out / HEADS_FILE), calibration, {"heads": HEADS_FILE, "model": out.resolve().name})
+    save_model(out, model, weights, heads, storage)
+    return (
+        f"Wrote the model to {out} after {trainer.step} steps: {expected_worth(calibration)}. Against the original: KL "
+        f"{quality.kl:.4f} a token, the same best token {quality.same_best:.1%}, perplexity "
+        f"{quality.perplexity_tuned:.3f} instead of {quality.perplexity_original:.3f} on held-back answers."
     )
 
 
@@ -51,19 +95,12 @@ def save_model(
     source: TrainingModel,
     weights: BackboneWeights,
     heads: MedusaHeads,
-    calibration: Calibration,
     storage: str = "int8",
-    max_shard_bytes: int = 4 << 30,
 ) -> None:
-    """Write the folder; `source` names the tokenizer's origin. config.json comes last and marks completion."""
+    """Write the folder but for the tree, config.json last; `source` says where the tokenizer came from."""
     folder.mkdir(parents=True, exist_ok=True)
-    heads_path = folder / HEADS_FILE
-    save_heads(heads_path, heads, {"base_model": folder.resolve().name}, storage=storage)
-    about = {"heads": HEADS_FILE, "model": folder.resolve().name}
-    write_calibration(tree_file(heads_path), calibration, about)
-    config = source.backbone.config
-    tokenizer = _tokenizer_pieces(source.path, folder)
-    save_hf_folder(folder, config, weights, tokenizer=tokenizer, max_shard_bytes=max_shard_bytes)
+    save_heads(folder / HEADS_FILE, heads, {"base_model": folder.resolve().name}, storage=storage)
+    save_hf_folder(folder, source.backbone.config, weights, tokenizer=_tokenizer_pieces(source.path, folder))
 
 
 def adapter_tensors(adapters: LoraAdapters) -> dict[str, Tensor]:
@@ -81,7 +118,7 @@ def _merged(linear: LoraLinear) -> Tensor:
     return linear.base.weight.float() + linear.adapter.delta()
 
 
-def _layer(layer: torch.nn.Module, config: BackboneConfig) -> LayerWeights:
+def _layer(layer: Any, config: BackboneConfig) -> LayerWeights:
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     query, key, value = map(DenseWeight, _merged(layer.qkv).split((queries, keys, keys)))
     gate, up = map(DenseWeight, _merged(layer.gate_up).chunk(2))

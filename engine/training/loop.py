@@ -94,6 +94,12 @@ class TrainingLoop(ABC):
         self._save()
         return figures
 
+    def run_reported(self, report: Callable[[str], None]) -> dict[str, float]:
+        """`run`, but a run taken up again says so first."""
+        if self.step:
+            report(f"going on at step {self.step} of {self.total_steps}")
+        return self.run(report)
+
     @property
     def share(self) -> float:
         """How much of the plan is done, by steps or by time."""
