@@ -49,7 +49,7 @@ class EmulatedKernel:
 @cache
 def load_emulated(source: str, name: str, defines: nvrtc.Defines = (), shared_bytes: int = 0) -> EmulatedKernel:
     """Build `name` from a kernel source of the package; takes what `load_kernel` takes."""
-    text = HEADER.read_text() + (nvrtc.SOURCES / source).read_text() + ENTRY
+    text = HEADER.read_text() + nvrtc.expanded(source) + ENTRY
     text = re.sub(r"__shared__", "static", text)
     key = hashlib.sha256(repr((text, name, defines)).encode()).hexdigest()[:20]
     library = FOLDER / f"{Path(source).stem}-{key}.so"

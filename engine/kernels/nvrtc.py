@@ -10,6 +10,7 @@ import ctypes
 import hashlib
 import importlib.util
 import os
+import re
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -172,7 +173,13 @@ def cache_folder() -> Path:
 
 @cache
 def _text(source: str) -> str:
-    return (SOURCES / "primitives.cuh").read_text() + (SOURCES / source).read_text()
+    return (SOURCES / "primitives.cuh").read_text() + expanded(source)
+
+
+def expanded(source: str) -> str:
+    """Return a source file of this package with the files that it includes by name put in their places."""
+    text = (SOURCES / source).read_text()
+    return re.sub(r'^#include "(.+)"$', lambda match: expanded(match[1]), text, flags=re.MULTILINE)
 
 
 @cache
