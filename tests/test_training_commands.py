@@ -17,8 +17,12 @@ from engine.heads import HeadsConfig, MedusaHeads
 from engine.models.heads_file import load_heads, save_heads
 from engine.nested_tree import NestedTree, tree_file
 from engine.training.calibrate import calibrate, node_order, tokens_per_step, write_calibration
-from engine.training.dataset import build_cache, load_text
-from engine.training.dense import load_model
+from engine.training.chat_format import read_chat_format
+from engine.training.dataset import TextSet, build_cache
+from engine.training.dense import TrainingModel, load_model
+from engine.training.evaluate import greedy_answers
+from engine.training.joint_quality import compare
+from engine.training.joint_result import HEADS_FILE
 from engine.training.medusa1 import Vocabulary, build_heads
 from engine.training.ranks import MISSED, AnswerRanks, measure_ranks
 from engine.training.shards import read_documents, read_index
@@ -33,6 +37,9 @@ How do magnets work?
 Write a sentence about a cat.
 Explain fractions to a child.
 """
+THINGS = ("bread", "a bridge", "the moon", "rain", "a violin", "sleep", "glass", "a whale", "coffee", "the wheel")
+MORE_PROMPTS = PROMPTS + "".join(f"What is {thing}?\nTell me a fact about {thing}.\n" for thing in THINGS)
+UNSEEN = ["What is a mountain?", "Tell me a fact about the sea.", "Why do birds sing?", "How do I cook rice?"]
 TINY = "--width 256 --draft-vocab 1024 --batch-tokens 256 --device cpu"
 
 
@@ -57,28 +64,47 @@ def kill_once(line: str, is_time: str) -> None:
     assert process.wait() == -signal.SIGKILL
 
 
+def top1(model: TrainingModel, heads: MedusaHeads, text: TextSet) -> float:
+    """Return how often the heads' best guess is right."""
+    ranks = measure_ranks(heads, build_cache(model, text), Vocabulary(model, heads.token_map)).ranks
+    return (ranks == 0).float().mean().item()
+
+
+def answer(engine: Engine, medusa: bool) -> tuple[int, ...]:
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    *_, last = engine.stream(question, SamplingParams(medusa=medusa, temperature=0.0, max_tokens=24))
+    assert last.result is not None
+    return last.result.tokens
+
+
 @pytest.mark.slow
-def test_commands_one_after_the_other(tmp_path: Path) -> None:
-    (tmp_path / "prompts.txt").write_text(PROMPTS)
-    data, heads_path = tmp_path / "data", tmp_path / "h.safetensors"
-    assert command(f"distill --out {data} --prompts {tmp_path}/prompts.txt --max-answer 40 --device cpu") == 0
+def test_commands_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixture) -> None:
+    (tmp_path / "prompts.txt").write_text(MORE_PROMPTS)
+    data, heads_path, tuned_path = tmp_path / "data", tmp_path / "h.safetensors", tmp_path / "tuned"
+    assert command(f"distill --out {data} --prompts {tmp_path}/prompts.txt --max-answer 32 --device cpu") == 0
     assert command(f"train --data {data} --out {heads_path} --epochs 15 {TINY}") == 0
     assert command(f"calibrate --heads {heads_path} --device cpu --answers 4 --max-answer 24") == 0
     content = json.loads(tree_file(heads_path).read_text())
     assert len(content["expected_tokens_per_step"]) == len(content["order"]) + 1
 
     model, heads = load_model("bundled", "cpu"), load_heads(heads_path)
-    vocabulary, cache = Vocabulary(model, heads.token_map), build_cache(model, load_text(data))
-    fresh = build_heads(heads.config, vocabulary)
-    trained, untrained = (
-        (measure_ranks(each, cache, vocabulary).ranks == 0).float().mean().item() for each in (heads, fresh)
-    )
-    assert trained > untrained + 0.1
+    held_back = greedy_answers(model, read_chat_format(model.tokenizer), UNSEEN, 32)
+    fresh = build_heads(heads.config, Vocabulary(model, heads.token_map))
+    assert top1(model, heads, held_back) > top1(model, fresh, held_back) + 0.02
+    assert len(answer(Engine.load("bundled", device="cpu", heads=str(heads_path)), medusa=True)) > 0
 
-    engine = Engine.load("bundled", device="cpu", heads=str(heads_path))
-    question = [{"role": "user", "content": "Why is the sky blue?"}]
-    *_, last = engine.stream(question, SamplingParams(medusa=True, temperature=0.0, max_tokens=24))
-    assert last.result is not None and last.result.generated_tokens > 0
+    capsys.readouterr()
+    joint = f"--recipe medusa2 --start-heads {heads_path} --lambda0 1 --epochs 1 --batch-tokens 256 --device cpu"
+    assert command(f"train --data {data} --out {tuned_path} {joint}") == 0
+    said = capsys.readouterr()
+    assert "KL" in said.err and "Against the original: KL" in said.out
+    tuned = load_model(str(tuned_path), "cpu")
+    assert compare(model, tuned, held_back).kl > 0
+    tuned_heads = load_heads(tuned_path / HEADS_FILE)
+    assert top1(tuned, tuned_heads, held_back) > top1(tuned, fresh, held_back) + 0.02
+    engine = Engine.load(str(tuned_path), device="cpu")
+    assert engine.info.has_heads and NestedTree.beside(tuned_path / HEADS_FILE).expected
+    assert answer(engine, medusa=True) == answer(engine, medusa=False)
 
 
 def kill_after_shards(line: str, count: int) -> None:
@@ -133,7 +159,8 @@ def test_killed_runs_go_on_without_losing_or_repeating(tmp_path: Path, capsys: p
     [
         ("distill --out {0}/d", "needs --tokens"),
         ("distill --out {0}/d --prompts {0}/gone.txt", "cannot be read"),
-        ("train --data {0} --out {0}/h.safetensors --recipe medusa2", "medusa2"),
+        ("train --data {0} --out {0}/h.safetensors --recipe medusa2", "name a folder"),
+        ("train --data {0} --out {0}/h.safetensors --start-heads {0}/gone.safetensors", "no heads at"),
         ("train --data {0} --out {0}/h.bin", ".safetensors"),
         ("train --data {0} --out {0}/h.safetensors", "holds no training data"),
         ("calibrate --heads {0}/gone.safetensors", "no heads at"),
