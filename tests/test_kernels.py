@@ -7,10 +7,12 @@ work is cut, or on which of a token's keys are committed.
 import pytest
 import torch
 from cuda_emulator import COMPILER, load_emulated
+from torch.nn import functional as F
 
 from engine.kernels import fused_ops, nvrtc, reference
 from engine.kernels import small_batch_linear as small
 from engine.kernels.dense_linear import pack_dense
+from engine.kernels.draft_ops import draft_tokens, gather_seen, silu_rows
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.nf4_linear import NF4_VALUES, Nf4Weight, code_tables, pack_nf4
 from engine.kernels.small_batch_linear import Decode, LinearConfig, PackedLinear, Workspace, run_linear
@@ -224,15 +226,98 @@ def test_rotate_and_split(machine, dtype):
     assert torch.equal(outs[2], value)
 
 
-def test_top_k_prefers_large_then_early(machine):
+def test_drafted_tokens_prefer_large_then_early(machine):
     device, load = machine
     logits = random(3, 5000, dtype=torch.float32, device=device)
     logits[1, [7, 4000]] = 9.0
     token_map = torch.arange(5000, dtype=torch.int32, device=device) * 3
-    out = fused_ops.top_k(logits, 6, token_map, load=load)
-    values = logits.gather(1, (out // 3).long())
-    assert torch.equal(values, logits.topk(6).values)
-    assert out[1, :2].tolist() == [21, 12000]
+    row_of = torch.tensor([0, 0, 1, 2, 1, 1, 0, 2, 1], dtype=torch.int32, device=device)
+    rank_of = torch.tensor([0, 5, 0, 0, 1, 5, 2, 3, 2], dtype=torch.int32, device=device)
+    tokens, chances = torch.full_like(row_of, -1), torch.full((9,), -1.0, device=device)
+    draft_tokens(logits, token_map, row_of, rank_of, tokens, chances, guesses=6, nodes=range(1, 8), load=load)
+    best = logits.topk(6)
+    assert tokens[[0, 8]].tolist() == [-1, -1] and chances[[0, 8]].tolist() == [-1, -1]
+    assert tokens[[2, 4]].tolist() == [21, 12000]
+    for node in (1, 3, 5, 6, 7):
+        row, rank = row_of[node], rank_of[node]
+        assert tokens[node] == 3 * best.indices[row, rank]
+        assert chances[node].item() == pytest.approx(logits[row].softmax(-1)[tokens[node] // 3].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_heads_inputs_are_the_hidden_state_and_the_tokens_of_the_path(machine, dtype):
+    device, load = machine
+    table, state = (random(*size, dtype=dtype, device=device, seed=s) for s, size in enumerate([(50, 192), (1, 192)]))
+    tokens = torch.arange(10, 10 + TREE.num_nodes, dtype=torch.int32, device=device)
+    record, ancestors = fused_ops.new_record(device), ancestor_table(TREE.ancestors, TREE.depth).to(device)
+    record[fused_ops.BONUS] = 40
+    nodes = torch.tensor([4, 6], dtype=torch.int32, device=device)
+    inputs, x = (torch.full(size, torch.nan, dtype=dtype, device=device) for size in ((2, 3, 192), (2, 192)))
+    gather_seen(state, table, tokens, record, ancestors, nodes, inputs, x, load=load)
+    assert torch.equal(x, state.expand(2, -1)) and torch.equal(inputs[:, 0], x)
+    for row, node in enumerate([4, 6]):
+        parent = TREE.path_to(node)[1]
+        want = reference.rms_norm(table[[40, 10 + parent]], torch.ones(192, device=device), 1e-6)
+        assert error(inputs[row, 1:], want) < TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_silu_rows(machine, dtype):
+    device, load = machine
+    x, residual = (random(3, 1096, dtype=dtype, device=device, seed=s) for s in (1, 2))
+    bias, out, plain = random(1096, dtype=dtype, device=device, seed=3), torch.empty_like(x), F.silu(x.double())
+    silu_rows(x, out, bias=bias, residual=residual, load=load)
+    assert error(out, residual.double() + F.silu(x.double() + bias.double())) < TOLERANCE[dtype]
+    silu_rows(x, x, load=load)
+    assert error(x, plain) < TOLERANCE[dtype]
+
+
+def test_embeddings_take_the_root_from_the_record(machine):
+    device, load = machine
+    table = random(50, 128, dtype=torch.float16, device=device)
+    tokens, out = torch.tensor([3, 7, 7], dtype=torch.int32, device=device), torch.empty(3, 128).half().to(device)
+    fused_ops.embed_tokens(tokens, table, None, out, load=load)
+    assert torch.equal(out, table[[3, 7, 7]])
+    record = fused_ops.new_record(device)
+    record[fused_ops.BONUS] = 49
+    fused_ops.embed_tokens(tokens, table, record, out, load=load)
+    assert torch.equal(out, table[[49, 7, 7]]) and tokens.tolist() == [49, 7, 7]
+
+
+def test_a_chunk_of_a_prompt_has_the_bits_of_its_tokens_one_by_one(machine):
+    """Keys go straight to the cache; depths count back from the chunk's end, so that all of them are committed."""
+    device, load = machine
+    shape, chunk, before = AttentionShape(2, 1, 64, torch.bfloat16), 20, 30
+    angles = fused_ops.rotary_angles(1e4, 64, 64).to(device)
+    qkv = random(chunk, 4 * 64, dtype=shape.dtype, device=device)
+    keys, values = attention_case(shape.dtype, device, shape, 128)
+    caches = [(keys.clone(), values.clone()) for _ in range(2)]
+    workspace = AttentionWorkspace(shape, chunk, 128, device)
+
+    def run(rows, cache, length):
+        count = rows.stop - rows.start
+        depth = torch.arange(-count, 0, dtype=torch.int32, device=device)
+        at = torch.tensor([length], dtype=torch.int32, device=device)
+        query = torch.empty(count, 2, 64, dtype=shape.dtype, device=device)
+        fused_ops.rotate_into_cache(qkv[rows].contiguous(), angles, at, depth, query, *cache, load=load)
+        unused = torch.zeros(count, 1, 64, dtype=shape.dtype, device=device)
+        table = torch.zeros(count, 16, dtype=torch.int32, device=device)
+        return tree_attention(
+            query, *cache, unused, unused, at, depth, table, shape, workspace, max_context=128, load=load
+        )
+
+    together = run(slice(0, chunk), caches[0], before + chunk)
+    alone = torch.cat([run(slice(i, i + 1), caches[1], before + i + 1) for i in range(chunk)])
+    assert torch.equal(together, alone)
+    assert all(torch.equal(one, other) for one, other in zip(*caches, strict=True))
+
+
+def test_best_tokens_are_the_argmax(machine):
+    device, load = machine
+    logits = random(5, 9000, dtype=torch.float32, device=device) - 10  # all below zero
+    logits[2, [8, 8999]] = 3.0
+    found = fused_ops.best_tokens(fused_ops.argmax_keys(logits, load=load))
+    assert torch.equal(found, logits.argmax(1)) and found[2] == 8
 
 
 def step(machine, targets, tokens, length=5, vocab=9000):
@@ -243,7 +328,7 @@ def step(machine, targets, tokens, length=5, vocab=9000):
     record, parents = fused_ops.new_record(device, length), torch.tensor(TREE.parents, dtype=torch.int32, device=device)
     tokens = torch.tensor(tokens, dtype=torch.int32, device=device)
     fused_ops.accept_greedy(fused_ops.argmax_keys(logits, load=load), tokens, parents, record, load=load)
-    return fused_ops.StepRecord(record.cpu()), record
+    return fused_ops.StepRecord(record.tolist()), record
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -276,14 +361,11 @@ def test_commit_copies_the_path_of_every_layer(machine):
     assert view.path == TREE.path_to(8)
     scratch = [random(layers, nodes, kv_heads, head_dim, dtype=torch.float16, device=device, seed=s) for s in (1, 2)]
     cache = [torch.zeros(layers, kv_heads, capacity, head_dim, dtype=torch.float16, device=device) for _ in range(2)]
-    fused_ops.commit_path(*scratch, *cache, record, load=load)
+    hidden = random(nodes, 192, dtype=torch.float16, device=device, seed=3)
+    state = torch.zeros(1, 192, dtype=torch.float16, device=device)
+    fused_ops.commit_path(*scratch, *cache, record, hidden=hidden, state=state, load=load)
+    assert torch.equal(state[0], hidden[8])
     for rows, new in zip(cache, scratch, strict=True):
         want = torch.zeros_like(rows)
         want[:, :, 5 : 5 + len(view.path)] = new[:, view.path].transpose(1, 2)
         assert torch.equal(rows, want)
-    guesses = torch.arange(4 * 5, dtype=torch.int32, device=device).view(4, 5)
-    filled = torch.empty(nodes, dtype=torch.int32, device=device)
-    fused_ops.fill_tree(guesses, TREE.depth.int().to(device), TREE.rank.int().to(device), record, filled, load=load)
-    assert filled.tolist() == [view.bonus] + [
-        guesses[d - 1, r].item() for d, r in zip(TREE.depth[1:], TREE.rank[1:], strict=True)
-    ]

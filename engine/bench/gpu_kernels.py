@@ -25,6 +25,7 @@ from torch.nn import functional as F
 
 from engine.kernels import fused_ops, nvrtc, reference
 from engine.kernels.dense_linear import pack_dense
+from engine.kernels.draft_ops import draft_tokens
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.nf4_linear import Nf4Weight, pack_nf4
 from engine.kernels.small_batch_linear import (
@@ -363,10 +364,13 @@ def small_ops(report: Report) -> dict[str, float]:
     tokens = torch.randint(0, 1000, (32,), dtype=torch.int32, device="cuda")
     results["accept 32"] = time_graph(lambda i: fused_ops.accept_greedy(keys, tokens, parents, record), 32)
     record[fused_ops.LENGTH] = 100
+    row_of, rank_of = torch.zeros_like(tokens), torch.arange(32, dtype=torch.int32, device="cuda") % 10
+    chances = torch.empty(32, device="cuda")
     for vocab in (16384, 49152):
         drafts = torch.randn(4, vocab, device="cuda")
-        best = fused_ops.top_k(drafts, 10)
-        results[f"top_k 4x{vocab}"] = time_graph(lambda i, d=drafts, b=best: fused_ops.top_k(d, 10, out=b), 32)
+        results[f"draft_tokens 4x{vocab}"] = time_graph(
+            lambda i, d=drafts: draft_tokens(d, None, row_of, rank_of, tokens, chances, guesses=10, nodes=range(32)), 32
+        )
     angles = fused_ops.rotary_angles(1e4, 128, 8192).cuda()
     qkv = torch.randn(32, 96 * 128, device="cuda").bfloat16()
     outs = [torch.empty(32, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]

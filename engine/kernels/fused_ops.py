@@ -1,4 +1,4 @@
-"""The small steps of a decode step as single launches over static buffers: norm, rotary, top-k, acceptance, commit.
+"""The small steps of a decode step as single launches over static buffers: norm, rotary, acceptance, commit.
 
 All of them can be captured: what changes between steps (committed length, accepted path) is read from the step record
 in device memory, which is also the one thing the host copies after a step.
@@ -13,8 +13,8 @@ from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
 
 __all__ = [
-    "MAX_PATH", "StepRecord", "accept_greedy", "argmax_keys", "commit_path", "fill_tree", "new_record", "rms_norm",
-    "rotary_angles", "rotate_and_split", "top_k",
+    "MAX_PATH", "RECORD_SIZE", "StepRecord", "accept_greedy", "argmax_keys", "best_tokens", "bf16_define",
+    "commit_path", "embed_tokens", "new_record", "rms_norm", "rotary_angles", "rotate_and_split", "rotate_into_cache",
 ]  # fmt: skip
 
 SOURCE = "fused_ops.cuh"
@@ -26,10 +26,10 @@ ARGMAX_CHUNK = 8192
 
 
 class StepRecord:
-    """The host's view of a copied step record, int32 [36]."""
+    """The host's view of a copied step record: the int32 numbers of `new_record` as a list."""
 
-    def __init__(self, numbers: Tensor) -> None:
-        self.numbers = numbers.tolist()
+    def __init__(self, numbers: list[int]) -> None:
+        self.numbers = numbers
 
     @property
     def length(self) -> int:
@@ -68,7 +68,7 @@ def rms_norm(
     rows, width = x.shape
     assert x.is_contiguous() and width % 8 == 0 and width <= 16384, f"rows of {width}"
     out = torch.empty_like(x) if out is None else out
-    load(SOURCE, "rms_norm", _defines(x.dtype))((rows,), 256, [x, weight, out, width, eps])
+    load(SOURCE, "rms_norm", bf16_define(x.dtype))((rows,), 256, [x, weight, out, width, eps])
     return out
 
 
@@ -94,9 +94,40 @@ def rotate_and_split(
 
     qkv [nodes, (heads + 2 kv_heads) * head_dim]; query [nodes, heads, head_dim]; scratch [nodes, kv_heads, head_dim].
     """
-    (nodes, heads, head_dim), kv_heads = query.shape, scratch_keys.shape[1]
-    kernel = load(SOURCE, "rotate_and_split", _defines(qkv.dtype))
-    arguments = [qkv, angles, record, depth, query, scratch_keys, scratch_values, nodes, heads, kv_heads, head_dim]
+    kv_heads = scratch_keys.shape[1]
+    _rotate(qkv, angles, record, depth, query, scratch_keys, scratch_values, kv_heads, 0, load)
+
+
+def rotate_into_cache(
+    qkv: Tensor,
+    angles: Tensor,
+    length: Tensor,
+    depth: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    *,
+    load: LoadKernel = load_kernel,
+) -> None:
+    """Do the same for rows of a prompt, whose keys and values go to their places [kv_heads, capacity, head_dim]."""
+    _rotate(qkv, angles, length, depth, query, keys, values, keys.shape[0], keys.shape[1], load)
+
+
+def _rotate(
+    qkv: Tensor,
+    angles: Tensor,
+    length: Tensor,
+    depth: Tensor,
+    query: Tensor,
+    keys: Tensor,
+    values: Tensor,
+    kv_heads: int,
+    capacity: int,
+    load: LoadKernel,
+) -> None:
+    nodes, heads, head_dim = query.shape
+    kernel = load(SOURCE, "rotate_and_split", bf16_define(qkv.dtype))
+    arguments = [qkv, angles, length, depth, query, keys, values, nodes, heads, kv_heads, head_dim, capacity]
     kernel((math.ceil(nodes * (heads + 2 * kv_heads) / 4),), 128, arguments)
 
 
@@ -108,29 +139,14 @@ def argmax_keys(logits: Tensor, *, out: Tensor | None = None, load: LoadKernel =
     rows, vocab = logits.shape
     chunks = math.ceil(vocab / ARGMAX_CHUNK)
     out = torch.empty(rows, chunks, dtype=torch.int64, device=logits.device) if out is None else out
-    load(SOURCE, "argmax_chunks", _defines(torch.float16))((chunks, rows), 256, [logits, out, vocab])
+    load(SOURCE, "argmax_chunks", bf16_define(torch.float16))((chunks, rows), 256, [logits, out, vocab])
     return out
 
 
-def top_k(
-    logits: Tensor,
-    k: int,
-    token_map: Tensor | None = None,
-    *,
-    out: Tensor | None = None,
-    load: LoadKernel = load_kernel,
-) -> Tensor:
-    """Return the k best tokens of each row, best first: float32 [rows, vocab] -> int32 [rows, k].
-
-    The vocabulary has at most 131072 tokens; `token_map` int32 [vocab] turns draft ids into token ids.
-    """
-    rows, vocab = logits.shape
-    per_thread = 1 << max(2, math.ceil(math.log2(vocab / 1024)))
-    assert per_thread <= 128, f"{vocab} logits; top_k takes up to 131072"
-    out = torch.empty(rows, k, dtype=torch.int32, device=logits.device) if out is None else out
-    kernel = load(SOURCE, "top_k", (*_defines(torch.float16), ("PER_THREAD", per_thread)))
-    kernel((rows,), 1024, [logits, token_map, out, vocab, k])
-    return out
+def best_tokens(keys: Tensor) -> Tensor:
+    """Return each row's best token from `argmax_keys`, int64 [rows]."""
+    unsigned = (keys ^ torch.iinfo(torch.int64).min).amax(1)  # the keys order as unsigned numbers
+    return 0xFFFFFFFF - (unsigned & 0xFFFFFFFF)
 
 
 def accept_greedy(
@@ -142,7 +158,7 @@ def accept_greedy(
     """
     nodes, chunks = keys.shape
     assert nodes <= 64, f"{nodes} nodes; a tree has at most 64 with its root here"
-    load(SOURCE, "accept_greedy", _defines(torch.float16))((1,), 64, [keys, tokens, parents, record, nodes, chunks])
+    load(SOURCE, "accept_greedy", bf16_define(torch.float16))((1,), 64, [keys, tokens, parents, record, nodes, chunks])
 
 
 def commit_path(
@@ -152,25 +168,35 @@ def commit_path(
     values: Tensor,
     record: Tensor,
     *,
+    hidden: Tensor | None = None,
+    state: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> None:
     """Copy the accepted path's scratch rows behind the committed rows of every layer.
 
-    scratch [layers, nodes, kv_heads, head_dim] -> cache [layers, kv_heads, capacity, head_dim].
+    scratch [layers, nodes, kv_heads, head_dim] -> cache [layers, kv_heads, capacity, head_dim]. With hidden [nodes,
+    hidden], the hidden state of the path's end is copied to `state` [1, hidden].
     """
     layers, nodes, kv_heads, head_dim = scratch_keys.shape
-    kernel = load(SOURCE, "commit_path", _defines(torch.float16))
-    arguments = [scratch_keys, scratch_values, keys, values, record, nodes, kv_heads, keys.shape[2]]
-    kernel((layers * kv_heads, MAX_PATH), head_dim // 8, arguments)
+    width = 0 if hidden is None else hidden.shape[1] // 8
+    kernel = load(SOURCE, "commit_path", bf16_define(torch.float16))
+    arguments = [scratch_keys, scratch_values, keys, values, hidden, state]
+    arguments += [record, nodes, kv_heads, keys.shape[2], width]
+    kernel((layers * kv_heads + 1, MAX_PATH), head_dim // 8, arguments)
 
 
-def fill_tree(
-    guesses: Tensor, depth: Tensor, rank: Tensor, record: Tensor, tokens: Tensor, *, load: LoadKernel = load_kernel
+def embed_tokens(
+    tokens: Tensor, table: Tensor, record: Tensor | None, out: Tensor, *, load: LoadKernel = load_kernel
 ) -> None:
-    """Write the next tree's tokens [nodes]: the bonus token, then guesses int32 [heads, k] by depth and rank."""
-    kernel = load(SOURCE, "fill_tree", _defines(torch.float16))
-    kernel((1,), 64, [guesses, depth, rank, record, tokens, len(tokens), guesses.shape[1]])
+    """Look up embeddings [rows, hidden] of tokens int32 [rows] in table [vocab, hidden].
+
+    With a record the first token is its bonus token, the root of the tree, and is written to `tokens`.
+    """
+    rows, width = out.shape
+    assert width % 8 == 0 and len(tokens) == rows and table.is_contiguous()
+    load(SOURCE, "embed_tokens", bf16_define(torch.float16))((rows,), 128, [tokens, table, record, out, width // 8])
 
 
-def _defines(dtype: torch.dtype) -> Defines:
+def bf16_define(dtype: torch.dtype) -> Defines:
+    """Say to the compiler which 16-bit type activations have."""
     return (("BF16", int(dtype == torch.bfloat16)),)

@@ -1,6 +1,8 @@
 // The small steps between the matrices, each one launch over static buffers: norm, rotary positions, argmax, top-k,
 // the walk that accepts a path, and the commit of its rows. All sizes that change while decoding are read from memory.
 
+#include "reductions.cuh"
+
 #define NORM_THREADS 256
 
 // The step's record, int32: what the host copies after a step.
@@ -53,21 +55,24 @@ extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(
     }
 }
 
-// Split qkv [nodes, heads + 2 kv_heads, head_dim] into rotated queries [nodes, heads, head_dim] and scratch rows
-// [nodes, kv_heads, head_dim]. angles float2 [positions, head_dim / 2]: (cos, sin). A warp a row of head_dim.
+// Split qkv [nodes, heads + 2 kv_heads, head_dim] into rotated queries [nodes, heads, head_dim] and keys and values:
+// with capacity 0 scratch rows [nodes, kv_heads, head_dim], else rows of the cache [kv_heads, capacity, head_dim] at the
+// nodes' positions. angles float2 [positions, head_dim / 2]: (cos, sin). A warp a row of head_dim.
 extern "C" __global__ void __launch_bounds__(128) rotate_and_split(
-    const u16* qkv, const float2* angles, const int* record, const int* depth, u16* query, u16* scratch_keys,
-    u16* scratch_values, int nodes, int heads, int kv_heads, int head_dim) {
+    const u16* qkv, const float2* angles, const int* record, const int* depth, u16* query, u16* keys, u16* values,
+    int nodes, int heads, int kv_heads, int head_dim, int capacity) {
     let_next_kernel_start();
     wait_for_previous_kernel();
     const int slots = heads + 2 * kv_heads, item = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x & 31;
     if (item >= nodes * slots) return;
     const int node = item / slots, slot = item % slots, half = head_dim / 2;
+    const int position = record[LENGTH] + depth[node], kv_head = (slot - heads) % kv_heads;
     const u16* from = qkv + (long long)item * head_dim;
+    const long long row = capacity ? (long long)kv_head * capacity + position : (long long)node * kv_heads + kv_head;
     u16* to = slot < heads              ? query + ((long long)node * heads + slot) * head_dim
-              : slot < heads + kv_heads ? scratch_keys + ((long long)node * kv_heads + slot - heads) * head_dim
-                                        : scratch_values + ((long long)node * kv_heads + slot - heads - kv_heads) * head_dim;
-    const float2* turn = angles + (long long)(record[LENGTH] + depth[node]) * half;
+              : slot < heads + kv_heads ? keys + row * head_dim
+                                        : values + row * head_dim;
+    const float2* turn = angles + (long long)position * half;
     for (int i = lane; i < half; i += 32) {
         if (slot >= heads + kv_heads) {
             to[i] = from[i];
@@ -81,26 +86,6 @@ extern "C" __global__ void __launch_bounds__(128) rotate_and_split(
     }
 }
 
-// A float32 and its index as one number that orders by value, then by smaller index.
-__device__ __forceinline__ u64 ordered(float value, u32 index) {
-    u32 bits = __float_as_uint(value);
-    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return ((u64)bits << 32) | (0xffffffffu - index);
-}
-
-__device__ __forceinline__ u32 index_of(u64 key) { return 0xffffffffu - (u32)key; }
-
-__device__ __forceinline__ u64 block_max(u64 key, u64* parts) {  // every thread gets the result; 32 parts in shared memory
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) key = max(key, __shfl_xor_sync(~0u, key, step));
-    if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = key;
-    __syncthreads();
-    key = parts[0];
-    for (int i = 1; i < blockDim.x / 32; ++i) key = max(key, parts[i]);
-    __syncthreads();
-    return key;
-}
-
 // Grid: (chunks of 8192 logits, rows). logits float32 [rows, vocab] -> the best key of each chunk, [rows, chunks].
 extern "C" __global__ void __launch_bounds__(256) argmax_chunks(const float* logits, u64* keys, int vocab) {
     SHARED u64 parts[32];
@@ -112,39 +97,6 @@ extern "C" __global__ void __launch_bounds__(256) argmax_chunks(const float* log
         best = max(best, ordered(row[i], i));
     best = block_max(best, parts);
     if (threadIdx.x == 0) keys[blockIdx.y * gridDim.x + blockIdx.x] = best;
-}
-
-// Grid: rows, of 1024 threads. logits float32 [rows, vocab] of at most 1024 * PER_THREAD -> the k best [rows, k], best
-// first, smaller index first among equals; through token_map where there is one.
-#ifndef PER_THREAD
-#define PER_THREAD 16
-#endif
-extern "C" __global__ void __launch_bounds__(1024) top_k(
-    const float* logits, const int* token_map, int* tokens, int vocab, int k) {
-    SHARED u64 parts[32];
-    let_next_kernel_start();
-    wait_for_previous_kernel();
-    const float* row = logits + (long long)blockIdx.x * vocab;
-    float kept[PER_THREAD];
-#pragma unroll
-    for (int i = 0; i < PER_THREAD; ++i) {
-        int index = threadIdx.x + i * 1024;
-        kept[i] = index < vocab ? row[index] : -INFINITY;
-    }
-    u64 below = ~0ull;
-    for (int rank = 0; rank < k; ++rank) {
-        u64 best = 0;
-#pragma unroll
-        for (int i = 0; i < PER_THREAD; ++i) {
-            u64 key = ordered(kept[i], threadIdx.x + i * 1024);
-            if (key < below) best = max(best, key);
-        }
-        below = block_max(best, parts);
-        if (threadIdx.x == 0) {
-            int index = (int)index_of(below);
-            tokens[blockIdx.x * k + rank] = token_map ? token_map[index] : index;
-        }
-    }
 }
 
 // One thread block of 64 threads. Exact greedy acceptance: from the root, go to the child whose token is the target's
@@ -188,27 +140,34 @@ extern "C" __global__ void __launch_bounds__(64) accept_greedy(
     }
 }
 
-// Grid: (layers * kv_heads, MAX_PATH), head_dim / 8 threads. Scratch rows [layers, nodes, kv_heads, head_dim] of the
-// record's path become cache rows [layers, kv_heads, capacity, head_dim].
+// Grid: (layers * kv_heads + 1, MAX_PATH), head_dim / 8 threads. Scratch rows [layers, nodes, kv_heads, head_dim] of the
+// record's path become cache rows [layers, kv_heads, capacity, head_dim]. The last column copies the hidden state of the
+// path's end, of hidden [nodes, width], to state [width], where the heads read it; width counts pieces of 16 bytes.
 extern "C" __global__ void commit_path(
-    const uint4* scratch_keys, const uint4* scratch_values, uint4* keys, uint4* values, const int* record, int nodes,
-    int kv_heads, int capacity) {
+    const uint4* scratch_keys, const uint4* scratch_values, uint4* keys, uint4* values, const uint4* hidden, uint4* state,
+    const int* record, int nodes, int kv_heads, int capacity, int width) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int step = blockIdx.y, layer = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, width = blockDim.x;
+    const int step = blockIdx.y, layer = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, pieces = blockDim.x;
+    if (blockIdx.x == gridDim.x - 1) {
+        const uint4* from = hidden + (long long)record[PATH + record[NUM_ACCEPTED]] * width;
+        for (int i = step * pieces + threadIdx.x; i < width; i += MAX_PATH * pieces) state[i] = from[i];
+        return;
+    }
     if (step > record[NUM_ACCEPTED]) return;
-    long long from = (((long long)layer * nodes + record[PATH + step]) * kv_heads + kv_head) * width + threadIdx.x;
-    long long to = ((long long)blockIdx.x * capacity + record[OLD_LENGTH] + step) * width + threadIdx.x;
+    long long from = (((long long)layer * nodes + record[PATH + step]) * kv_heads + kv_head) * pieces + threadIdx.x;
+    long long to = ((long long)blockIdx.x * capacity + record[OLD_LENGTH] + step) * pieces + threadIdx.x;
     keys[to] = scratch_keys[from];
     values[to] = scratch_values[from];
 }
 
-// One thread block of 64 threads. The next tree's tokens: the bonus token at the root, elsewhere the guess of the head
-// for the node's depth at the node's rank. guesses [heads, k].
-extern "C" __global__ void __launch_bounds__(64) fill_tree(
-    const int* guesses, const int* depth, const int* rank, const int* record, int* tokens, int nodes, int k) {
+// Grid: rows, of 128 threads. Embeddings of tokens [rows] from a table [vocab, width]; width counts pieces of 16 bytes.
+// With a record, node 0 is its bonus token, which is noted in tokens.
+extern "C" __global__ void __launch_bounds__(128) embed_tokens(
+    int* tokens, const uint4* table, const int* record, uint4* out, int width) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    int node = threadIdx.x;
-    if (node < nodes) tokens[node] = node == 0 ? record[BONUS] : guesses[(depth[node] - 1) * k + rank[node]];
+    const int row = blockIdx.x, token = record && row == 0 ? record[BONUS] : tokens[row];
+    if (record && row == 0 && threadIdx.x == 0) tokens[0] = token;
+    for (int i = threadIdx.x; i < width; i += 128) out[(long long)row * width + i] = table[(long long)token * width + i];
 }

@@ -1,0 +1,31 @@
+// The largest of many values, the smaller index among equals, in any order of looking.
+
+// A float32 and its index as one number that orders by value, then by smaller index.
+__device__ __forceinline__ u64 ordered(float value, u32 index) {
+    u32 bits = __float_as_uint(value);
+    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+    return ((u64)bits << 32) | (0xffffffffu - index);
+}
+
+__device__ __forceinline__ u32 index_of(u64 key) { return 0xffffffffu - (u32)key; }
+
+__device__ __forceinline__ u64 warp_max(u64 key) {
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) key = max(key, __shfl_xor_sync(~0u, key, step));
+    return key;
+}
+
+__device__ __forceinline__ u64 block_max(u64 key, u64* parts) {  // every thread gets the result; 32 parts in shared memory
+    key = warp_max(key);
+    if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = key;
+    __syncthreads();
+    key = parts[0];
+    for (int i = 1; i < blockDim.x / 32; ++i) key = max(key, parts[i]);
+    __syncthreads();
+    return key;
+}
+
+__device__ __forceinline__ float value_of(u64 key) {  // the float32 that `ordered` took
+    u32 bits = (u32)(key >> 32);
+    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
