@@ -189,6 +189,10 @@ inline float2 load_once8(const void* p) { return *(const float2*)p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
 inline void commit_copies() {}
 template <int> void wait_copies() {}
+inline void prefetch_l2(const void* p, int bytes) {  // reads its first and last byte, so that a sanitizer sees them
+    volatile u8 seen = ((const u8*)p)[0];
+    seen = ((const u8*)p)[bytes - 1];
+}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
@@ -213,4 +217,32 @@ inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b
         c[i] = (float)sum;
     }
     emulator::warp_barrier();
+}
+
+inline uint4 load_matrices(const void* row) {
+    u64 address = (u64)row;
+    int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    u32 v[4];
+    for (int i = 0; i < 4; ++i) {
+        u64 from = emulator::exchanged(address, 8 * i + g);
+        memcpy(v + i, (const u8*)from + 4 * q, 4);
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
+
+inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
+inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+inline void publish_to_tensor_cores() {}
+inline void products_begin() {}
+inline void products_end() {}
+template <int TILES>
+void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* tile, int step, int keep) {
+    int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    for (int t = 0; t < TILES; ++t) {
+        if (!keep) c[t][0] = c[t][1] = c[t][2] = c[t][3] = 0.0f;
+        u32 b0, b1;  // columns 2q and 2q + 1 of the step, and the same eight further, of token 8 * t + g
+        memcpy(&b0, tile + operand_offset(8 * t + g, 2 * step) + 4 * q, 4);
+        memcpy(&b1, tile + operand_offset(8 * t + g, 2 * step + 1) + 4 * q, 4);
+        multiply16x8x16(c[t], a0, a1, a2, a3, b0, b1);
+    }
 }

@@ -12,10 +12,10 @@ def pack_dense(values: Tensor) -> PackedLinear:
     n, k = values.shape
     if n % 16 or k % 64:
         raise ValueError(f"A {n} x {k} matrix has no kernel here; outputs must be a multiple of 16, inputs of 64.")
-    # [tile, g, row, block, half, q, step in half, a0 | a2, pair] -> lane (g, q) holds a0, a1, a2, a3 of each step
-    tiles = values.view(n // 16, 8, 2, k // 64, 2, 4, 2, 2, 2)
+    # [tile, g, row, block, step, a0 | a2, q, pair] -> lane (g, q) holds a0, a1, a2, a3 of each step
+    tiles = values.view(n // 16, 8, 2, k // 64, 4, 2, 4, 2)
     return PackedLinear(
-        weights=tiles.permute(0, 3, 4, 6, 1, 5, 7, 2, 8).contiguous(),
+        weights=tiles.permute(0, 3, 4, 1, 6, 5, 2, 7).contiguous(),
         scales=None,
         pairs=None,
         byte_tables=None,

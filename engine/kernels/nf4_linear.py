@@ -75,9 +75,10 @@ def pack_nf4(weights: list[Nf4Weight], dtype: torch.dtype, *, gate_up: bool = Fa
     number_of[torch.tensor(order)] = torch.arange(16, dtype=torch.uint8)
     every = torch.arange(256)
     renumbered = (number_of[every >> 4] << 4 | number_of[every & 15]).to(device)
-    tiles = renumbered[codes.int()].view(n // 16, 8, 2, k // 64, 2, 4, 4)
+    # [tile, g, row, block, half, step in half, a0 | a2, q]; a lane's 16 bytes are [row, half, step, a0 | a2]
+    tiles = renumbered[codes.int()].view(n // 16, 8, 2, k // 64, 2, 2, 2, 4)
     return PackedLinear(
-        weights=tiles.permute(0, 3, 1, 5, 2, 4, 6).contiguous(),
+        weights=tiles.permute(0, 3, 1, 7, 2, 4, 5, 6).contiguous(),
         scales=(absmax / VALUE_FACTOR[dtype]).view(n // 16, 8, 2, k // 64).permute(0, 3, 1, 2).contiguous(),
         pairs=torch.tensor(pairs, dtype=torch.int64).to(torch.int32).to(device),
         byte_tables=torch.tensor(byte_tables, dtype=torch.int64).to(torch.int32).to(device),

@@ -129,7 +129,8 @@ def compile_source(source: str, defines: Defines, architecture: int) -> bytes:
     text = _text(source).encode()
     result = compiler.nvrtcCreateProgram(ctypes.byref(program), text, source.encode(), 0, None, None)
     _require(result == 0, f"The run-time compiler refused {source} with code {result}.")
-    options = ["--std=c++17", f"--gpu-architecture=sm_{architecture}"] + [f"-D{key}={value}" for key, value in defines]
+    target = "90a" if architecture == 90 else str(architecture)  # the "a" admits Hopper's own matrix instructions
+    options = ["--std=c++17", f"--gpu-architecture=sm_{target}"] + [f"-D{key}={value}" for key, value in defines]
     encoded = (ctypes.c_char_p * len(options))(*(option.encode() for option in options))
     result = compiler.nvrtcCompileProgram(program, len(options), encoded)
     log = _fetch(compiler.nvrtcGetProgramLogSize, compiler.nvrtcGetProgramLog, program)

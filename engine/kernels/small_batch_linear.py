@@ -29,9 +29,12 @@ class Decode:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """How the work is cut: none of it changes a result's bits.
+    """How the work is cut: but for `wgmma`, none of it changes a result's bits.
 
-    A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight.
+    A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight. With
+    `wgmma` (compute capability 9.0 alone), four row warps multiply together, a thread block goes through `row_loop`
+    row blocks, and `x_blocks` blocks of 64 k per slice lie in each of two buffers. `prefetch` asks for all weights of
+    a thread block ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
     """
 
     decode: int
@@ -41,6 +44,18 @@ class LinearConfig:
     slice_warps: int
     depth: int
     min_blocks: int = 1
+    prefetch: int = 0
+    wgmma: int = 0
+    row_loop: int = 1
+    x_blocks: int = 0
+    ablate: int = 0
+
+    def __post_init__(self) -> None:
+        if self.wgmma:
+            assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.x_blocks % self.depth == 0, str(self)
+            assert self.x_blocks > 0, str(self)
+        else:
+            assert self.row_loop == 1 and self.x_blocks == 0, str(self)
 
     @property
     def threads(self) -> int:
@@ -55,17 +70,34 @@ class LinearConfig:
         """Thread blocks that share a row."""
         return SLICES // self.slice_warps
 
+    def grid(self, n: int) -> tuple[int, int]:
+        return math.ceil(math.ceil(n / self.block_rows) / self.row_loop), self.parts
+
     def shared_bytes(self, k: int) -> int:
         """Dynamic shared memory for `k` input features."""
-        chunks = math.ceil(k / 64 / SLICES / self.depth)
-        stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 64)
-        exchange = self.threads * 16 * self.row_tiles * self.token_tiles
-        return max(min(chunks, 2) * stage, exchange if self.slice_warps > 1 else 0)
+        blocks = math.ceil(k / 64 / SLICES)
+        exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
+        if self.wgmma:
+            buffers = min(2, math.ceil(blocks / self.x_blocks))
+            tokens = buffers * self.slice_warps * self.x_blocks * self.token_tiles * 1024
+            return 1024 + (tokens + exchange if self.row_loop > 1 else max(tokens, exchange))
+        stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)
+        return max(min(math.ceil(blocks / self.depth), 2) * stage, exchange)
 
     def fits(self, k: int, limit: int) -> bool:
         """Say whether a multiprocessor's shared memory holds it, with the table."""
         table = 32 * 1024 if self.decode == Decode.NF4_TABLE else 0
         return self.threads <= 1024 and self.min_blocks * (self.shared_bytes(k) + table + 1040) <= limit
+
+    def defines(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
+        """Return what the source is compiled with."""
+        left_out = ("wgmma",) if self.wgmma else ("wgmma", "row_loop", "x_blocks")
+        named = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
+
+    @property
+    def kernel_name(self) -> str:
+        return "linear_wgmma" if self.wgmma else "linear"
 
     def workspace_floats(self, n: int) -> int:
         blocks = math.ceil(n / self.block_rows)
@@ -154,14 +186,11 @@ def run_linear(
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
     workspace.reserve(config.workspace_floats(weight.n))
     shared_bytes = config.shared_bytes(weight.k)
-    defines = tuple((name.upper(), value) for name, value in config.to_dict().items())
-    defines += (("BF16", int(x.dtype == torch.bfloat16)),)
-    kernel = load("linear.cuh", "linear", defines, shared_bytes)
+    kernel = load(f"{config.kernel_name}.cuh", config.kernel_name, config.defines(x.dtype), shared_bytes)
     epilogue = _epilogue(weight, residual, out)
-    blocks = math.ceil(weight.n / config.block_rows)
     arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
     arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
-    kernel((blocks, config.parts), config.threads, arguments, shared_bytes)
+    kernel(config.grid(weight.n), config.threads, arguments, shared_bytes)
     return out
 
 

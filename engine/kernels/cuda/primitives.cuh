@@ -122,6 +122,23 @@ __device__ __forceinline__ void wait_copies() {  // until at most PENDING commit
 #endif
 }
 
+// Bring `bytes` (a multiple of 16) on the way into the L2 cache; no effect before compute capability 9.0.
+__device__ __forceinline__ void prefetch_l2(const void* address, int bytes) {
+#if __CUDA_ARCH__ >= 900
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" ::"l"(address), "r"(bytes) : "memory");
+#endif
+}
+
+// Four 8 x 8 matrices of 16-bit values from shared memory: lane i names row i % 8 of matrix i / 8. A lane gets columns
+// 2q and 2q + 1 of row g of each.
+__device__ __forceinline__ uint4 load_matrices(const void* row) {
+    uint4 v;
+    u32 source = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
+    return v;
+}
+
 // ---- tensor cores ----
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8]. With g = lane / 4 and q = lane % 4: a0 = (row g, k 2q..2q+1), a1 = (row g + 8,
@@ -129,24 +146,81 @@ __device__ __forceinline__ void wait_copies() {  // until at most PENDING commit
 // columns 2q, 2q + 1), c2, c3 = (row g + 8). An element's bits depend on its row of a and its column of b alone.
 __device__ __forceinline__ void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
 #if BF16
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.bf16.bf16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #elif __CUDA_ARCH__ >= 800
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k16.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
         "{%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
 #else
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a0), "r"(a1), "r"(b0));
-    asm volatile(
+    asm(
         "mma.sync.aligned.m16n8k8.row.col.f32.f16.f16.f32 {%0, %1, %2, %3}, {%4, %5}, {%6}, {%0, %1, %2, %3};"
         : "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3]) : "r"(a2), "r"(a3), "r"(b1));
 #endif
 }
+
+// ---- Hopper's tensor cores: four warps, the right operand in shared memory ----
+
+__device__ __forceinline__ u8* align1024(u8* shared) {
+    u32 address = (u32)__cvta_generic_to_shared(shared);
+    return shared + ((1024 - (address & 1023)) & 1023);
+}
+
+// Byte offset of 16-byte piece `piece` (of 8) of row `row` in a right operand of rows of 64 values.
+__device__ __forceinline__ int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+
+#if __CUDA_ARCH_FEAT_SM90_ALL
+#if BF16
+#define WGMMA_TYPES "f32.bf16.bf16"
+#else
+#define WGMMA_TYPES "f32.f16.f16"
+#endif
+
+__device__ __forceinline__ void publish_to_tensor_cores() {  // shared memory that this thread wrote
+    asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
+}
+__device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
+__device__ __forceinline__ void products_end() {
+    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
+}
+
+#define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+#define SUMS16(c, i) SUMS4(c[i]), SUMS4(c[i + 1]), SUMS4(c[i + 2]), SUMS4(c[i + 3])
+// c[64 x 8 TILES] (+)= a * the 16 columns from 16 * step on of the operand at `tile` (8 * TILES rows of 64 values, at a
+// multiple of 1024 bytes). A warp holds 16 rows, as in multiply16x8x16; the sums start at zero unless `keep`.
+template <int TILES>
+__device__ __forceinline__ void multiply64(
+    float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* tile, int step, int keep) {
+    u32 address = ((u32)__cvta_generic_to_shared(tile) + 32 * step) >> 4;
+    u64 operand = (1ull << 62) | (64ull << 32) | (1ull << 16) | (address & 0x3fff);
+    if constexpr (TILES == 1)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n8k16." WGMMA_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}"
+            : SUMS4(c[0]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(operand), "r"(keep));
+    else if constexpr (TILES == 2)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %13, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n16k16." WGMMA_TYPES " {%0, %1, %2, %3, %4, %5, %6, %7}, "
+            "{%8, %9, %10, %11}, %12, p, 1, 1, 0;\n}"
+            : SUMS4(c[0]), SUMS4(c[1]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(operand), "r"(keep));
+    else if constexpr (TILES == 4)
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %21, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n32k16." WGMMA_TYPES " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+            "%12, %13, %14, %15}, {%16, %17, %18, %19}, %20, p, 1, 1, 0;\n}"
+            : SUMS16(c, 0) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(operand), "r"(keep));
+    else
+        asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %37, 0;\n"
+            "wgmma.mma_async.sync.aligned.m64n64k16." WGMMA_TYPES " {%0, %1, %2, %3, %4, %5, %6, %7, %8, %9, %10, %11, "
+            "%12, %13, %14, %15, %16, %17, %18, %19, %20, %21, %22, %23, %24, %25, %26, %27, %28, %29, %30, %31}, "
+            "{%32, %33, %34, %35}, %36, p, 1, 1, 0;\n}"
+            : SUMS16(c, 0), SUMS16(c, 4) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(operand), "r"(keep));
+}
+#endif
 
 // ---- the kernel before and the kernel after (programmatic dependent launch; no effect where it is not asked for) ----
 

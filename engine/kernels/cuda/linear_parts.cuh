@@ -1,0 +1,250 @@
+// What both linears (linear.cuh, linear_wgmma.cuh) share: codes into operands, and what happens to the sums.
+//
+// The order in which a result is summed is fixed by K alone: blocks of 64 along K go round-robin to SLICES slices, a
+// slice adds its blocks in order, and the slices are added as a binary tree. How many warps or thread blocks share the
+// slices, and how many tokens and rows a warp takes, changes no bit.
+//
+// Weights lie in tiles of 16 rows x 64 k, a lane's bytes together (see the packing in the Python files): lane (g, q)
+// holds rows 2g and 2g + 1 and, of each 16 k, the pairs at 2q and at 8 + 2q: the left operand of the tensor cores.
+//
+// Compile-time: DECODE (0 NF4 by table in shared memory, 1 NF4 by byte permutes, 2 int8, 3 plain 16 bit), TOKEN_TILES
+// (of 8 tokens), ROW_TILES (of 16 rows, per warp), ROW_WARPS and SLICE_WARPS (their product is the block), DEPTH
+// (blocks of 64 k in flight per warp), MIN_BLOCKS (thread blocks per multiprocessor), PREFETCH (ask for the weights'
+// way into the L2 cache at the start). ABLATE leaves a stage out, for measurements only: its results are wrong.
+
+#define SLICES 8
+#define IS_NF4 (DECODE < 2)
+#ifndef ABLATE
+#define ABLATE 0
+#endif
+enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8 };
+
+constexpr int THREADS = 32 * ROW_WARPS * SLICE_WARPS;
+constexpr int LOADS = IS_NF4 ? 1 : DECODE == 2 ? 2 : 4;  // 16-byte loads a lane and tile
+constexpr int TILE_BYTES = LOADS * 512;
+constexpr int BLOCK_ROW_TILES = ROW_WARPS * ROW_TILES;
+constexpr int PARTS = SLICES / SLICE_WARPS;  // thread blocks that share rows
+
+enum { PLAIN = 0, ADD_RESIDUAL = 1, SWIGLU = 2, FLOAT32 = 3 };
+
+struct Prefetched {
+    uint4 codes[LOADS];
+    float2 scale;
+};
+
+// Load a lane's share of a tile; tiles are numbered along K within 16 rows, then down.
+__device__ __forceinline__ void load_tile(
+    Prefetched& slot, const uint4* weights, const float2* scales, long long tile, int lane) {
+    if (ABLATE & NO_WEIGHTS) tile &= 63;
+#pragma unroll
+    for (int i = 0; i < LOADS; ++i) slot.codes[i] = load_once16(weights + (tile * LOADS + i) * 32 + lane);
+    if (IS_NF4) slot.scale = load_once8(scales + tile * 8 + (lane >> 2));
+}
+
+// Ask for this thread block's share of `count` tiles' bytes to be brought into the L2 cache, by one thread.
+__device__ __forceinline__ void prefetch_tiles(const uint4* weights, const float2* scales, long long tile, int count) {
+    const int share = (count + PARTS - 1) / PARTS, first = blockIdx.y * share;
+    if (first >= count) return;
+    const int mine = first + share < count ? share : count - first;
+    prefetch_l2((const u8*)weights + (tile + first) * TILE_BYTES, mine * TILE_BYTES);
+    if (IS_NF4) prefetch_l2(scales + (tile + first) * 8, mine * 64);
+}
+
+#if DECODE == 0
+// The 256 pairs that a byte stands for, one copy a lane: entry b of lane l at b * 32 + l never meets a bank conflict.
+SHARED u32 pair_table[256 * 32];
+
+__device__ __forceinline__ void fill_pair_table(const u32* table) {
+    for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
+        u32 pair = table[i >> 3];
+        ((uint4*)pair_table)[i] = make_uint4(pair, pair, pair, pair);
+    }
+}
+
+__device__ __forceinline__ u32 look_up(u32 offset) { return *(const u32*)((const u8*)pair_table + offset); }
+
+// Four bytes -> a0 and a2 of two steps.
+__device__ __forceinline__ void decode_word(u32 word, u32 lane4, const u32*, u32 (&pairs)[4]) {
+    pairs[0] = look_up(and_or(word << 7, 0x7f80, lane4));
+    pairs[1] = look_up(and_or(word >> 1, 0x7f80, lane4));
+    pairs[2] = look_up(and_or(word >> 9, 0x7f80, lane4));
+    pairs[3] = look_up(and_or(word >> 17, 0x7f80, lane4));
+}
+#elif DECODE == 1
+// Codes are numbered so that i and i + 8 have values of equal sign and equal top bit of the low byte. A permute then
+// answers "not mine" with the sign of the other half's byte, which the host has taken out of the tables beforehand.
+__device__ __forceinline__ u32 four_bytes(u32 selector, u32 t0, u32 t1, u32 t2, u32 t3) {
+    return byte_permute(t0, t1, selector) ^ byte_permute(t2, t3, selector ^ 0x8888u);
+}
+
+__device__ __forceinline__ void decode_word(u32 word, u32, const u32* tables, u32 (&pairs)[4]) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        u32 selector = half ? word >> 16 : word;
+        u32 low = four_bytes(selector, tables[0], tables[1], tables[2], tables[3]);
+        u32 high = four_bytes(selector, tables[4], tables[5], tables[6], tables[7]);
+        pairs[2 * half] = byte_permute(low, high, 0x4051);
+        pairs[2 * half + 1] = byte_permute(low, high, 0x6273);
+    }
+}
+#endif
+
+// Half a tile's 4 x 4 operand registers, 32 k: a[step][0..3] for steps 2 * half and 2 * half + 1.
+__device__ __forceinline__ void decode_half(
+    const Prefetched& tile, int half, u32 lane4, const u32* tables, u32 (&a)[4][4]) {
+#if DECODE == 3 || (ABLATE & 1)
+#pragma unroll
+    for (int step = 2 * half; step < 2 * half + 2; ++step) {
+        const uint4& codes = tile.codes[DECODE == 3 ? step : 0];
+        a[step][0] = codes.x;
+        a[step][1] = codes.y;
+        a[step][2] = codes.z;
+        a[step][3] = codes.w;
+    }
+#elif DECODE == 2
+    const uint4& codes = tile.codes[half];
+    const u32 words[4] = {codes.x, codes.y, codes.z, codes.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {  // words 0, 1: row 2g, steps 0, 1 of this half; words 2, 3: row 2g + 1
+        int step = 2 * half + (i & 1), row = i >> 1;
+        a[step][row] = widen_int8<0>(words[i]);
+        a[step][row + 2] = widen_int8<2>(words[i]);
+    }
+#else
+    const u32 words[2] = {half ? tile.codes[0].y : tile.codes[0].x, half ? tile.codes[0].w : tile.codes[0].z};
+#pragma unroll
+    for (int row = 0; row < 2; ++row) {  // 2g and 2g + 1
+        u32 pairs[4];
+        decode_word(words[row], lane4, tables, pairs);
+        a[2 * half][row] = pairs[0];
+        a[2 * half][row + 2] = pairs[1];
+        a[2 * half + 1][row] = pairs[2];
+        a[2 * half + 1][row + 2] = pairs[3];
+    }
+#endif
+}
+
+// sum += scale * product, rows 2g and 2g + 1 of two tokens.
+__device__ __forceinline__ void add_scaled(float (&sum)[4], float2 scale, const float (&product)[4]) {
+    sum[0] = fmaf(scale.x, product[0], sum[0]);
+    sum[1] = fmaf(scale.x, product[1], sum[1]);
+    sum[2] = fmaf(scale.y, product[2], sum[2]);
+    sum[3] = fmaf(scale.y, product[3], sum[3]);
+}
+
+__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+
+// Write rows 2g and 2g + 1 (values low, high) of one token.
+__device__ __forceinline__ void write_pair(
+    u16* y, const u16* residual, int token, int row, int n, int epilogue, float low, float high) {
+    if (epilogue == SWIGLU) {  // gate and up rows are interleaved
+        y[(long long)token * (n / 2) + row / 2] = from_float(silu(low) * high);
+        return;
+    }
+    long long at = (long long)token * n + row;
+    if (epilogue == FLOAT32) {
+        *(float2*)((float*)y + at) = make_float2(low, high);
+        return;
+    }
+    if (epilogue == ADD_RESIDUAL) {
+        u32 before = *(const u32*)(residual + at);
+        low += to_float((u16)before);
+        high += to_float((u16)(before >> 16));
+    }
+    *(u32*)(y + at) = pack2(low, high);
+}
+
+__device__ __forceinline__ float4 add4(float4 a, float4 b) {
+    return make_float4(a.x + b.x, a.y + b.y, a.z + b.z, a.w + b.w);
+}
+
+// The slices of this thread block, as a binary tree: lane-private sums travel through shared memory. Slice 0 ends with
+// all of them. `exchange` holds SLICE_WARPS / 2 senders; every thread of the block takes part.
+__device__ __forceinline__ void add_slices(
+    float (&sums)[ROW_TILES][TOKEN_TILES][4], float4* exchange, int row_warp, int slice_warp, int lane) {
+#pragma unroll
+    for (int step = 1; step < SLICE_WARPS; step *= 2) {
+        float4* slot = exchange + (slice_warp / (2 * step) * ROW_WARPS + row_warp) * ROW_TILES * TOKEN_TILES * 32 + lane;
+        if (slice_warp % (2 * step) == step) {
+#pragma unroll
+            for (int i = 0; i < ROW_TILES * TOKEN_TILES; ++i) {
+                const float(&s)[4] = sums[i / TOKEN_TILES][i % TOKEN_TILES];
+                slot[i * 32] = make_float4(s[0], s[1], s[2], s[3]);
+            }
+        }
+        __syncthreads();
+        if (slice_warp % (2 * step) == 0) {
+#pragma unroll
+            for (int i = 0; i < ROW_TILES * TOKEN_TILES; ++i) {
+                float4 other = slot[i * 32];
+                float(&s)[4] = sums[i / TOKEN_TILES][i % TOKEN_TILES];
+                s[0] += other.x; s[1] += other.y; s[2] += other.z; s[3] += other.w;
+            }
+        }
+        __syncthreads();
+    }
+}
+
+// The thread blocks that share these rows: the last to arrive adds all of them, in the tree's order. True for it.
+__device__ __forceinline__ bool add_parts(
+    float (&sums)[ROW_TILES][TOKEN_TILES][4], float4* workspace, u32* counters, int row_block, int row_warp,
+    int slice_warp, int lane) {
+    if (PARTS == 1 || (ABLATE & NO_EXCHANGE)) return true;
+    SHARED u32 arrived;
+    float4* mine = workspace + ((long long)row_block * ROW_WARPS + row_warp) * PARTS * ROW_TILES * TOKEN_TILES * 32;
+    if (slice_warp == 0) {
+#pragma unroll
+        for (int i = 0; i < ROW_TILES * TOKEN_TILES; ++i) {
+            const float(&s)[4] = sums[i / TOKEN_TILES][i % TOKEN_TILES];
+            mine[(blockIdx.y * ROW_TILES * TOKEN_TILES + i) * 32 + lane] = make_float4(s[0], s[1], s[2], s[3]);
+        }
+        __threadfence();
+    }
+    __syncthreads();
+    if (threadIdx.x == 0) {
+        arrived = atomicAdd(counters + row_block, 1u);
+        if (arrived == PARTS - 1) counters[row_block] = 0;
+        __threadfence();
+    }
+    __syncthreads();
+    if (arrived != PARTS - 1) return false;
+    if (slice_warp == 0) {
+#pragma unroll
+        for (int i = 0; i < ROW_TILES * TOKEN_TILES; ++i) {
+            float4 part[PARTS];
+#pragma unroll
+            for (int p = 0; p < PARTS; ++p) part[p] = __ldcg(mine + (p * ROW_TILES * TOKEN_TILES + i) * 32 + lane);
+#pragma unroll
+            for (int step = 1; step < PARTS; step *= 2)
+#pragma unroll
+                for (int p = 0; p < PARTS; p += 2 * step) part[p] = add4(part[p], part[p + step]);
+            float(&s)[4] = sums[i / TOKEN_TILES][i % TOKEN_TILES];
+            s[0] = part[0].x; s[1] = part[0].y; s[2] = part[0].z; s[3] = part[0].w;
+        }
+    }
+    return true;
+}
+
+// Write a warp's rows of all tokens.
+__device__ __forceinline__ void write_sums(
+    const float (&sums)[ROW_TILES][TOKEN_TILES][4], const float2* scales, u16* y, const u16* residual, int first_tile,
+    int lane, int tokens, int n, int epilogue) {
+    const int g = lane >> 2, q = lane & 3;
+#pragma unroll
+    for (int t = 0; t < ROW_TILES; ++t) {
+        if (first_tile + t >= n / 16) break;
+        int row = (first_tile + t) * 16 + 2 * g;
+        float2 scale = make_float2(1.0f, 1.0f);
+        if (DECODE == 2) scale = scales[(first_tile + t) * 8 + g];
+#pragma unroll
+        for (int tt = 0; tt < TOKEN_TILES; ++tt) {
+            const float(&s)[4] = sums[t][tt];
+#pragma unroll
+            for (int i = 0; i < 2; ++i) {
+                int token = tt * 8 + 2 * q + i;
+                if (token < tokens)
+                    write_pair(y, residual, token, row, n, epilogue, s[i] * scale.x, s[i + 2] * scale.y);
+            }
+        }
+    }
+}
