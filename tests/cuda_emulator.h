@@ -230,13 +230,19 @@ inline uint4 load_matrices(const void* row) {
     return {v[0], v[1], v[2], v[3]};
 }
 
+typedef const u8* SharedAddress;
+inline SharedAddress shared_address(const void* p) { return (const u8*)p; }
+inline u32 load_shared4(SharedAddress p) { u32 v; memcpy(&v, p, 4); return v; }
+typedef const u8* Operand;
+inline Operand operand_at(const u8* tile) { return tile; }
+inline Operand operand_after(Operand tile, int bytes) { return tile + bytes; }
 inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
 inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 inline void publish_to_tensor_cores() {}
 inline void products_begin() {}
 inline void products_end() {}
 template <int TILES>
-void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* tile, int step, int keep) {
+void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, Operand tile, int step, int keep) {
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     for (int t = 0; t < TILES; ++t) {
         if (!keep) c[t][0] = c[t][1] = c[t][2] = c[t][3] = 0.0f;

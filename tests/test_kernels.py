@@ -83,6 +83,30 @@ def test_linear_is_close_to_float64_and_the_same_for_every_cut(machine, dtype, k
     assert int(workspace.counters.abs().max()) == 0
 
 
+# (row_warps, slice_warps, depth, min_blocks, prefetch, wgmma, row_loop, x_blocks)
+WGMMA_CUTS = [(4, 4, 1, 1, 1, 1, 1, 1), (4, 2, 2, 1, 0, 1, 2, 2), (8, 1, 1, 1, 1, 1, 3, 1), (4, 1, 2, 1, 0, 1, 1, 4)]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
+@pytest.mark.parametrize(("n", "k", "tokens"), [(16, 64, 1), (400, 704, 13), (80, 1600, 33)])
+def test_hopper_linear_is_close_to_float64_and_the_same_for_every_cut(machine, dtype, kind, n, k, tokens):
+    device, load = machine
+    if device.type == "cuda" and torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("not a Hopper GPU")
+    weight, values, decodes = packed(kind, n, k, dtype, device)
+    x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
+    tiles, results = small.token_tiles_for(tokens), []
+    for config in (LinearConfig(decode, tiles, 1, *cut) for decode in decodes for cut in WGMMA_CUTS):
+        out = torch.full((tokens, n), torch.nan, dtype=dtype, device=device)
+        results.append(run_linear(x, weight, config, workspace, out=out, load=load))
+    assert error(results[0], reference.linear(x, values)) < TOLERANCE[dtype]
+    assert all(torch.equal(results[0], other) for other in results[1:])
+    fewer = run_linear(x[:1], weight, LinearConfig(decodes[0], 1, 1, *WGMMA_CUTS[1]), workspace, load=load)
+    assert torch.equal(fewer, results[0][:1])
+    assert int(workspace.counters.abs().max()) == 0
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(machine, kind):
     device, load = machine

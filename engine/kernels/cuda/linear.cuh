@@ -16,7 +16,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
     float4* workspace, u32* counters, int tokens, int n, int k, int epilogue) {
     DYNAMIC_SHARED(shared);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const int row_warp = warp % ROW_WARPS, slice_warp = warp / ROW_WARPS;
     const int first_slice = blockIdx.y * SLICE_WARPS, slice = first_slice + slice_warp;
     const int blocks = k / 64, row_tiles = n / 16;
@@ -24,24 +24,22 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
     const int chunks = (blocks + SLICES * DEPTH - 1) / (SLICES * DEPTH);
 
     Prefetched ahead[DEPTH][ROW_TILES];
-    auto prefetch = [&](Prefetched(&slot)[ROW_TILES], int block) {
+    const uint4* next_codes = weights + ((long long)first_tile * blocks + slice) * (LOADS * 32);
+    const float2* next_scales = scales + ((long long)first_tile * blocks + slice) * 8;
+    auto prefetch = [&](Prefetched(&slot)[ROW_TILES], int block) {  // called for each block of the slice in turn
 #pragma unroll
         for (int t = 0; t < ROW_TILES; ++t)
             if (block < blocks && first_tile + t < row_tiles)
-                load_tile(slot[t], weights, scales, (long long)(first_tile + t) * blocks + block, lane);
+                load_tile(slot[t], next_codes + t * blocks * (LOADS * 32), next_scales + t * blocks * 8, lane);
+        next_codes += SLICES * LOADS * 32;
+        next_scales += SLICES * 8;
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) prefetch(ahead[d], d * SLICES + slice);
     if (PREFETCH && threadIdx.x < BLOCK_ROW_TILES && blockIdx.x * BLOCK_ROW_TILES + threadIdx.x < row_tiles)
         prefetch_tiles(weights, scales, (long long)(blockIdx.x * BLOCK_ROW_TILES + threadIdx.x) * blocks, blocks);
 
-    u32 tables[8] = {};
-#if DECODE == 0
-    fill_pair_table(table);
-#elif DECODE == 1
-#pragma unroll
-    for (int i = 0; i < 8; ++i) tables[i] = table[i];
-#endif
+    const Tables tables = load_tables(table);
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
@@ -76,8 +74,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
                 float2 scale[ROW_TILES];
 #pragma unroll
                 for (int t = 0; t < ROW_TILES; ++t) {
-                    decode_half(ahead[d][t], 0, lane * 4, tables, a[t]);
-                    decode_half(ahead[d][t], 1, lane * 4, tables, a[t]);
+                    decode_half(ahead[d][t], 0, tables, a[t]);
+                    decode_half(ahead[d][t], 1, tables, a[t]);
                     scale[t] = ahead[d][t].scale;
                 }
                 prefetch(ahead[d], block + DEPTH * SLICES);

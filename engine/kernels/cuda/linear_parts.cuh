@@ -32,13 +32,11 @@ struct Prefetched {
     float2 scale;
 };
 
-// Load a lane's share of a tile; tiles are numbered along K within 16 rows, then down.
-__device__ __forceinline__ void load_tile(
-    Prefetched& slot, const uint4* weights, const float2* scales, long long tile, int lane) {
-    if (ABLATE & NO_WEIGHTS) tile &= 63;
+// Load a lane's share of a tile, whose bytes start at `codes` and whose scales at `scales`.
+__device__ __forceinline__ void load_tile(Prefetched& slot, const uint4* codes, const float2* scales, int lane) {
 #pragma unroll
-    for (int i = 0; i < LOADS; ++i) slot.codes[i] = load_once16(weights + (tile * LOADS + i) * 32 + lane);
-    if (IS_NF4) slot.scale = load_once8(scales + tile * 8 + (lane >> 2));
+    for (int i = 0; i < LOADS; ++i) slot.codes[i] = load_once16(codes + i * 32 + lane);
+    if (IS_NF4) slot.scale = load_once8(scales + (lane >> 2));
 }
 
 // Ask for this thread block's share of `count` tiles' bytes to be brought into the L2 cache, by one thread.
@@ -49,6 +47,12 @@ __device__ __forceinline__ void prefetch_tiles(const uint4* weights, const float
     prefetch_l2((const u8*)weights + (tile + first) * TILE_BYTES, mine * TILE_BYTES);
     if (IS_NF4) prefetch_l2(scales + (tile + first) * 8, mine * 64);
 }
+
+// What decoding needs: this lane's column of the pair table, or the byte tables.
+struct Tables {
+    SharedAddress column;
+    u32 bytes[8];
+};
 
 #if DECODE == 0
 // The 256 pairs that a byte stands for, one copy a lane: entry b of lane l at b * 32 + l never meets a bank conflict.
@@ -61,14 +65,12 @@ __device__ __forceinline__ void fill_pair_table(const u32* table) {
     }
 }
 
-__device__ __forceinline__ u32 look_up(u32 offset) { return *(const u32*)((const u8*)pair_table + offset); }
-
 // Four bytes -> a0 and a2 of two steps.
-__device__ __forceinline__ void decode_word(u32 word, u32 lane4, const u32*, u32 (&pairs)[4]) {
-    pairs[0] = look_up(and_or(word << 7, 0x7f80, lane4));
-    pairs[1] = look_up(and_or(word >> 1, 0x7f80, lane4));
-    pairs[2] = look_up(and_or(word >> 9, 0x7f80, lane4));
-    pairs[3] = look_up(and_or(word >> 17, 0x7f80, lane4));
+__device__ __forceinline__ void decode_word(u32 word, const Tables& tables, u32 (&pairs)[4]) {
+    pairs[0] = load_shared4(tables.column + byte_permute(word, 0, 0x4440) * 128);
+    pairs[1] = load_shared4(tables.column + byte_permute(word, 0, 0x4441) * 128);
+    pairs[2] = load_shared4(tables.column + byte_permute(word, 0, 0x4442) * 128);
+    pairs[3] = load_shared4(tables.column + byte_permute(word, 0, 0x4443) * 128);
 }
 #elif DECODE == 1
 // Codes are numbered so that i and i + 8 have values of equal sign and equal top bit of the low byte. A permute then
@@ -77,21 +79,33 @@ __device__ __forceinline__ u32 four_bytes(u32 selector, u32 t0, u32 t1, u32 t2, 
     return byte_permute(t0, t1, selector) ^ byte_permute(t2, t3, selector ^ 0x8888u);
 }
 
-__device__ __forceinline__ void decode_word(u32 word, u32, const u32* tables, u32 (&pairs)[4]) {
+__device__ __forceinline__ void decode_word(u32 word, const Tables& tables, u32 (&pairs)[4]) {
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
         u32 selector = half ? word >> 16 : word;
-        u32 low = four_bytes(selector, tables[0], tables[1], tables[2], tables[3]);
-        u32 high = four_bytes(selector, tables[4], tables[5], tables[6], tables[7]);
+        u32 low = four_bytes(selector, tables.bytes[0], tables.bytes[1], tables.bytes[2], tables.bytes[3]);
+        u32 high = four_bytes(selector, tables.bytes[4], tables.bytes[5], tables.bytes[6], tables.bytes[7]);
         pairs[2 * half] = byte_permute(low, high, 0x4051);
         pairs[2 * half + 1] = byte_permute(low, high, 0x6273);
     }
 }
 #endif
 
+__device__ __forceinline__ Tables load_tables(const u32* table) {
+    Tables tables = {};
+#if DECODE == 0
+    fill_pair_table(table);
+    tables.column = shared_address(pair_table + (threadIdx.x & 31));
+#elif DECODE == 1
+#pragma unroll
+    for (int i = 0; i < 8; ++i) tables.bytes[i] = table[i];
+#endif
+    return tables;
+}
+
 // Half a tile's 4 x 4 operand registers, 32 k: a[step][0..3] for steps 2 * half and 2 * half + 1.
 __device__ __forceinline__ void decode_half(
-    const Prefetched& tile, int half, u32 lane4, const u32* tables, u32 (&a)[4][4]) {
+    const Prefetched& tile, int half, const Tables& tables, u32 (&a)[4][4]) {
 #if DECODE == 3 || (ABLATE & 1)
 #pragma unroll
     for (int step = 2 * half; step < 2 * half + 2; ++step) {
@@ -115,7 +129,7 @@ __device__ __forceinline__ void decode_half(
 #pragma unroll
     for (int row = 0; row < 2; ++row) {  // 2g and 2g + 1
         u32 pairs[4];
-        decode_word(words[row], lane4, tables, pairs);
+        decode_word(words[row], tables, pairs);
         a[2 * half][row] = pairs[0];
         a[2 * half][row + 2] = pairs[1];
         a[2 * half + 1][row] = pairs[2];

@@ -17,7 +17,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     float4* workspace, u32* counters, int tokens, int n, int k, int epilogue) {
     DYNAMIC_SHARED(unaligned);
     u8* shared = align1024(unaligned);
-    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const int row_warp = warp % ROW_WARPS, slice_warp = warp / ROW_WARPS;
     const int first_slice = blockIdx.y * SLICE_WARPS, slice = first_slice + slice_warp;
     const int blocks = k / 64, row_tiles = n / 16, row_blocks = (row_tiles + ROW_WARPS - 1) / ROW_WARPS;
@@ -27,30 +27,31 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     const int stages = resident ? chunks : row_rounds * chunks;
 
     Prefetched ahead[DEPTH];
-    auto fetch = [&](Prefetched& slot, int row_block, int i) {  // block i of this slice, or of the next row block's
-        if (i >= padded) {
-            i -= padded;
-            row_block += gridDim.x;
+    // The next block to load: blocks of this slice in turn, then those of the next row block.
+    int next_tile = blockIdx.x * ROW_WARPS + row_warp, next_block = slice;
+    const uint4* next_codes = weights + ((long long)next_tile * blocks + slice) * (LOADS * 32);
+    const float2* next_scales = scales + ((long long)next_tile * blocks + slice) * 8;
+    auto fetch = [&](Prefetched& slot) {
+        if (next_block < blocks && next_tile < row_tiles) load_tile(slot, next_codes, next_scales, lane);
+        next_block += SLICES;
+        next_codes += SLICES * LOADS * 32;
+        next_scales += SLICES * 8;
+        if (ROW_LOOP > 1 && next_block >= padded * SLICES) {
+            next_block = slice;
+            next_tile += gridDim.x * ROW_WARPS;
+            next_codes = weights + ((long long)next_tile * blocks + slice) * (LOADS * 32);
+            next_scales = scales + ((long long)next_tile * blocks + slice) * 8;
         }
-        const int tile = row_block * ROW_WARPS + row_warp, block = i * SLICES + slice;
-        if (block < blocks && tile < row_tiles)
-            load_tile(slot, weights, scales, (long long)tile * blocks + block, lane);
     };
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) fetch(ahead[d], blockIdx.x, d);
+    for (int d = 0; d < DEPTH; ++d) fetch(ahead[d]);
     if (PREFETCH) {
         for (int i = threadIdx.x; i < row_rounds * ROW_WARPS; i += THREADS) {
             int tile = (blockIdx.x + i / ROW_WARPS * gridDim.x) * ROW_WARPS + i % ROW_WARPS;
             if (tile < row_tiles) prefetch_tiles(weights, scales, (long long)tile * blocks, blocks);
         }
     }
-    u32 tables[8] = {};
-#if DECODE == 0
-    fill_pair_table(table);
-#elif DECODE == 1
-#pragma unroll
-    for (int i = 0; i < 8; ++i) tables[i] = table[i];
-#endif
+    const Tables tables = load_tables(table);
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
@@ -82,15 +83,14 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
                 publish_to_tensor_cores();
                 __syncthreads();
             }
-            const u8* operand = shared + (stage % chunks & 1) * BUFFER_BYTES;
-            if (!resident) operand = shared + (stage & 1) * BUFFER_BYTES;
-            operand += slice_warp * X_BLOCKS * OPERAND_BYTES;
+            const int buffer = resident ? chunk : stage & 1;
+            const Operand operand = operand_at(shared + buffer * BUFFER_BYTES + slice_warp * X_BLOCKS * OPERAND_BYTES);
             for (int from = 0; from < X_BLOCKS; from += DEPTH) {
 #pragma unroll
                 for (int d = 0; d < DEPTH; ++d) {
                     const int i = chunk * X_BLOCKS + from + d;
                     if (i * SLICES + slice < blocks) {
-                        const u8* here = operand + (from + d) * OPERAND_BYTES;
+                        const Operand here = operand_after(operand, (from + d) * OPERAND_BYTES);
                         const float2 scale = ahead[d].scale;
                         u32 a[4][4];
 #if IS_NF4
@@ -100,21 +100,21 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
 #endif
 #pragma unroll
                         for (int half = 0; half < 2; ++half) {  // one half is multiplied while the next is decoded
-                            decode_half(ahead[d], half, lane * 4, tables, a);
+                            decode_half(ahead[d], half, tables, a);
                             products_begin();
 #pragma unroll
                             for (int step = 2 * half; step < 2 * half + 2; ++step)
                                 multiply64(c, a[step][0], a[step][1], a[step][2], a[step][3], here, step,
                                            !IS_NF4 || step > 0);
                         }
-                        fetch(ahead[d], row_block, i + DEPTH);
+                        fetch(ahead[d]);
                         products_end();
 #if IS_NF4
 #pragma unroll
                         for (int tt = 0; tt < TOKEN_TILES; ++tt) add_scaled(sums[0][tt], scale, c[tt]);
 #endif
-                    } else {
-                        fetch(ahead[d], row_block, i + DEPTH);
+                    } else if (ROW_LOOP > 1) {
+                        fetch(ahead[d]);
                     }
                 }
             }

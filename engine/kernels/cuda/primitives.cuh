@@ -129,6 +129,15 @@ __device__ __forceinline__ void prefetch_l2(const void* address, int bytes) {
 #endif
 }
 
+typedef u32 SharedAddress;
+__device__ __forceinline__ SharedAddress shared_address(const void* shared) { return __cvta_generic_to_shared(shared); }
+
+__device__ __forceinline__ u32 load_shared4(SharedAddress address) {  // what does not change after a barrier
+    u32 value;
+    asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(address));
+    return value;
+}
+
 // Four 8 x 8 matrices of 16-bit values from shared memory: lane i names row i % 8 of matrix i / 8. A lane gets columns
 // 2q and 2q + 1 of row g of each.
 __device__ __forceinline__ uint4 load_matrices(const void* row) {
@@ -190,15 +199,21 @@ __device__ __forceinline__ void products_end() {
     asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
 }
 
+// Where a right operand lies, as the instruction wants it: rows of 128 bytes, eight rows together, pieces exchanged.
+typedef u64 Operand;
+__device__ __forceinline__ Operand operand_at(const u8* tile) {
+    return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((u32)__cvta_generic_to_shared(tile) >> 4);
+}
+__device__ __forceinline__ Operand operand_after(Operand tile, int bytes) { return tile + (u32)(bytes >> 4); }
+
 #define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 #define SUMS16(c, i) SUMS4(c[i]), SUMS4(c[i + 1]), SUMS4(c[i + 2]), SUMS4(c[i + 3])
 // c[64 x 8 TILES] (+)= a * the 16 columns from 16 * step on of the operand at `tile` (8 * TILES rows of 64 values, at a
 // multiple of 1024 bytes). A warp holds 16 rows, as in multiply16x8x16; the sums start at zero unless `keep`.
 template <int TILES>
 __device__ __forceinline__ void multiply64(
-    float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, const u8* tile, int step, int keep) {
-    u32 address = ((u32)__cvta_generic_to_shared(tile) + 32 * step) >> 4;
-    u64 operand = (1ull << 62) | (64ull << 32) | (1ull << 16) | (address & 0x3fff);
+    float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, Operand tile, int step, int keep) {
+    const u64 operand = tile + 2 * step;
     if constexpr (TILES == 1)
         asm volatile("{\n.reg .pred p;\nsetp.ne.b32 p, %9, 0;\n"
             "wgmma.mma_async.sync.aligned.m64n8k16." WGMMA_TYPES " {%0, %1, %2, %3}, {%4, %5, %6, %7}, %8, p, 1, 1, 0;\n}"
