@@ -1,0 +1,73 @@
+"""The decode loop over captured steps: the device drafts, verifies, accepts and commits; the host reads along.
+
+A step's start needs nothing from the host, so the next one is queued before the last one is read, and the GPU never
+waits for Python. A step queued past an answer's end is forgotten by the runner's `truncate`.
+"""
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+
+from engine.cuda_drafter import CudaDrafter
+from engine.cuda_runner import CudaRunner, StepOutput
+from engine.decode import PLAIN, DecodeLoop
+from engine.draft import Drafter
+from engine.records import DecodeStep
+from engine.runner import Runner
+from engine.sampling import SamplingParams
+from engine.tree import CandidateTree
+
+__all__ = ["CapturedLoop", "make_loop"]
+
+_AHEAD = 2  # steps under way at a time
+
+
+def make_loop(
+    runner: Runner, drafter: Drafter | None, params: SamplingParams, seed: int
+) -> "DecodeLoop | CapturedLoop":
+    """Choose the loop for one answer: captured steps where the runner has them and the settings allow it."""
+    is_captured = isinstance(runner, CudaRunner) and (drafter is None or isinstance(drafter, CudaDrafter))
+    if is_captured and params.temperature == 0:
+        return CapturedLoop(runner, drafter)
+    return DecodeLoop(runner, drafter, params, seed)
+
+
+class CapturedLoop:
+    """One greedy answer in the making; the same tokens as `DecodeLoop` gives on the same runner."""
+
+    def __init__(self, runner: CudaRunner, drafter: CudaDrafter | None) -> None:
+        self._runner, self._drafter = runner, drafter
+
+    def prefill(self, tokens: Sequence[int]) -> int:
+        """Run the prompt's new tokens and return the answer's first token."""
+        root = int(self._runner.greedy(self._runner.prefill(tokens).unsqueeze(0)))
+        self._runner.set_root(root)
+        return root
+
+    def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
+        """Yield one record a step, without end; the caller decides when the answer is over."""
+        drafter = self._drafter if tree.num_drafted else None
+        limit = self._runner.config.max_positions
+        under_way: deque[tuple[CandidateTree, StepOutput]] = deque()
+        read_at = time.perf_counter()
+        while True:
+            while len(under_way) < _AHEAD:
+                longest = self._runner.num_committed + sum(flying.max_depth + 1 for flying, _ in under_way)
+                fits = longest + tree.max_depth < limit
+                if under_way and not fits:  # which tree fits is known when those under way have been read
+                    break
+                chosen = tree if fits else PLAIN
+                under_way.append((chosen, self._runner.step(chosen, drafter if fits else None, longest=longest)))
+            chosen, output = under_way.popleft()
+            record, tokens, chances = output.wait()
+            self._runner.arrived(record)
+            before, read_at = read_at, time.perf_counter()
+            yield DecodeStep(
+                tokens=(*record.tokens[1:], record.bonus),
+                num_accepted=record.num_accepted,
+                path=tuple(record.path),
+                node_tokens=tuple(tokens),
+                node_parents=chosen.parents,
+                node_probabilities=tuple(chances),
+                duration_ms=(read_at - before) * 1e3,
+            )

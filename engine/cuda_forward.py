@@ -1,0 +1,111 @@
+"""The launches of one pass through a backbone's layers, over static buffers: a tree's nodes, or a chunk of a prompt.
+
+Both use the same kernels, whose rows do not depend on their neighbours, so a token has the same bits as a prompt's
+token, as a plainly decoded one and as a node of any tree. Nothing here allocates or waits: it can be captured.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from engine.cuda_linear import LinearBank
+from engine.cuda_memory import StepMemory
+from engine.cuda_plan import TreePlan
+from engine.cuda_weights import PackedBackbone
+from engine.kernels import fused_ops
+from engine.kernels.small_batch_linear import LoadKernel
+from engine.kernels.tree_attention import tree_attention
+
+__all__ = ["CHUNKS", "Forward"]
+
+CHUNKS = (16, 64)  # rows of a prompt at a time: the last piece is filled up to one of these
+
+
+class Forward:
+    """One backbone's passes; results lie in the memory's `hidden` and `logits`."""
+
+    def __init__(
+        self, weights: PackedBackbone, memory: StepMemory, linear: LinearBank, eps: float, load: LoadKernel
+    ) -> None:
+        self._weights, self._memory, self._linear = weights, memory, linear
+        self._eps, self._load = eps, load
+        self._chunk_depths = {
+            rows: torch.arange(-rows, 0, dtype=torch.int32).to(memory.device) for rows in CHUNKS
+        }  # counted back from the chunk's end: all its keys are in the cache by then
+        self._no_ancestors = torch.zeros(max(CHUNKS), 16, dtype=torch.int32, device=memory.device)
+
+    def tree(self, plan: TreePlan) -> None:
+        """Run a tree's nodes after the committed text; the root's token is the record's bonus token."""
+        memory, rows = self._memory, plan.num_nodes
+        keys, values = memory.scratch(rows)
+        query = memory.query[:rows]
+
+        def place(layer: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
+            fused_ops.rotate_and_split(
+                qkv, memory.angles, memory.record, plan.depth, query, keys[layer], values[layer], load=self._load
+            )
+            return keys[layer], values[layer]
+
+        fused_ops.embed_tokens(
+            memory.tokens[:rows], self._weights.embedding, memory.record, memory.x[:rows], load=self._load
+        )
+        self._layers(rows, place, memory.record, plan.depth, plan.ancestor_at)
+        self._norm(memory.x[:rows], self._weights.norm, memory.hidden[:rows])
+
+    def chunk(self, rows: int) -> None:
+        """Run `rows` tokens of a prompt, which end before row `span` of the text; `x` gets what leaves the layers."""
+        memory, depth = self._memory, self._chunk_depths[rows]
+        query, unused = memory.query[:rows], memory.scratch(rows)
+
+        def place(layer: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
+            cache = memory.cache_keys[layer], memory.cache_values[layer]
+            fused_ops.rotate_into_cache(qkv, memory.angles, memory.span, depth, query, *cache, load=self._load)
+            return unused[0][layer], unused[1][layer]
+
+        fused_ops.embed_tokens(
+            memory.chunk_tokens[:rows], self._weights.embedding, None, memory.x[:rows], load=self._load
+        )
+        self._layers(rows, place, memory.span, depth, self._no_ancestors)
+
+    def finish_chunk(self, row: int) -> None:
+        """Put the hidden state of a chunk's row where the heads read it."""
+        self._norm(self._memory.x[row : row + 1], self._weights.norm, self._memory.state)
+
+    def score(self, hidden: Tensor) -> Tensor:
+        """Apply `lm_head` to [rows, hidden] of at most 64 rows; returns the memory's logits of them."""
+        return self._linear(hidden, self._weights.lm_head, out=self._memory.logits[: hidden.shape[0]])
+
+    def _layers(
+        self,
+        rows: int,
+        place: Callable[[int, Tensor], tuple[Tensor, Tensor]],
+        length: Tensor,
+        depth: Tensor,
+        ancestor_at: Tensor,
+    ) -> None:
+        memory, linear = self._memory, self._linear
+        x, normed, attended = memory.x[:rows], memory.normed[:rows], memory.attended[:rows]
+        for index, layer in enumerate(self._weights.layers):
+            self._norm(x, layer.attention_norm, normed)
+            scratch = place(index, linear(normed, layer.qkv, out=memory.qkv[:rows]))
+            tree_attention(
+                memory.query[:rows],
+                memory.cache_keys[index],
+                memory.cache_values[index],
+                *scratch,
+                length,
+                depth,
+                ancestor_at,
+                memory.shape,
+                memory.attention,
+                max_context=memory.capacity,
+                out=attended,
+                load=self._load,
+            )
+            linear(attended.flatten(1), layer.attention_output, residual=x, out=x)
+            self._norm(x, layer.mlp_norm, normed)
+            linear(linear(normed, layer.gate_up, out=memory.inner[:rows]), layer.down, residual=x, out=x)
+
+    def _norm(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
+        fused_ops.rms_norm(x, weight, self._eps, out=out, load=self._load)

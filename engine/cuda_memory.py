@@ -1,0 +1,99 @@
+"""The static memory of a captured step: what goes in, what lies between its launches, the cache, what comes out.
+
+Everything has room for MAX_ROWS rows, and smaller steps use the beginning, so all graphs share it. Only the cache
+grows, in large steps, and with it what depends on the longest context; graphs captured before are then void.
+"""
+
+import torch
+from torch import Tensor
+
+from engine.backbone import BackboneConfig
+from engine.kernels.fused_ops import ARGMAX_CHUNK, LENGTH, RECORD_SIZE, rotary_angles
+from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace
+
+__all__ = ["MAX_ROWS", "StepMemory"]
+
+MAX_ROWS = 64
+CACHE_STEP = 1024  # rows by which the cache grows: capturing again takes longer than copying
+OUTBOX_SIZE = RECORD_SIZE + 2 * MAX_ROWS
+
+
+class StepMemory:
+    """Buffers of one sequence, named after what they hold.
+
+    `outbox` int32 is all that the host reads after a step: `record`, the nodes' `tokens` and their `chances`.
+    """
+
+    cache_keys: Tensor  # [layers, kv_heads, capacity, head_dim]
+    cache_values: Tensor
+
+    def __init__(self, config: BackboneConfig, dtype: torch.dtype, device: str) -> None:
+        self.config, self.dtype, self.device = config, dtype, device
+        self.shape = AttentionShape(config.num_heads, config.num_kv_heads, config.head_dim, dtype)
+        self.outbox = torch.zeros(OUTBOX_SIZE, dtype=torch.int32, device=device)
+        self.record = self.outbox[:RECORD_SIZE]
+        self.tokens = self.outbox[RECORD_SIZE : RECORD_SIZE + MAX_ROWS]
+        self.chances = self.outbox[RECORD_SIZE + MAX_ROWS :].view(torch.float32)
+        self.chances.fill_(1.0)  # the root's stays
+        self.span = torch.zeros(1, dtype=torch.int32, device=device)  # where the prompt's chunk ends
+        self.chunk_tokens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
+        qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
+        self.x, self.normed, self.hidden = (self._rows(config.hidden_size) for _ in range(3))
+        self.qkv, self.inner = self._rows(qkv), self._rows(config.intermediate_size)
+        self.query, self.attended = (self._rows(config.num_heads, config.head_dim) for _ in range(2))
+        self.state = torch.zeros(1, config.hidden_size, dtype=dtype, device=device)  # behind the root: heads read it
+        self.logits = torch.zeros(MAX_ROWS, config.vocab_size, device=device)
+        chunks = -(-config.vocab_size // ARGMAX_CHUNK)
+        self.keys_of_best = torch.zeros(MAX_ROWS, chunks, dtype=torch.int64, device=device)
+        scratch = config.num_layers * MAX_ROWS * config.num_kv_heads * config.head_dim
+        self._scratch = [torch.zeros(scratch, dtype=dtype, device=device) for _ in range(2)]
+        self.capacity = 0
+        self.grow(CACHE_STEP)
+
+    def scratch(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Return the tree's keys and values for trees of `rows` nodes, [layers, rows, kv_heads, head_dim] each."""
+        config = self.config
+        shape = (config.num_layers, rows, config.num_kv_heads, config.head_dim)
+        count = config.num_layers * rows * config.num_kv_heads * config.head_dim
+        return self._scratch[0][:count].view(shape), self._scratch[1][:count].view(shape)
+
+    def grow(self, rows: int) -> bool:
+        """Make room for `rows` committed and coming rows; True where the cache has moved for it."""
+        config, device = self.config, self.device
+        most = _in_steps(config.max_positions + MAX_ROWS)
+        if min(rows, most) <= self.capacity:
+            return False
+        capacity = min(most, _in_steps(max(rows, self.capacity * 5 // 4)))
+        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+        for name in ("cache_keys", "cache_values"):
+            larger = torch.zeros(shape, dtype=self.dtype, device=device)
+            if self.capacity:
+                larger[:, :, : self.capacity] = getattr(self, name)
+            setattr(self, name, larger)
+        self.capacity = capacity
+        self.angles = rotary_angles(config.rope_theta, config.head_dim, capacity).to(device)
+        self.attention = AttentionWorkspace(self.shape, MAX_ROWS, capacity, device)
+        return True
+
+    def set_length(self, length: int) -> None:
+        """Say how many rows are committed, in stream order."""
+        self.record[LENGTH : LENGTH + 1].fill_(length)
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.cache_keys.nbytes + self.cache_values.nbytes
+
+    @property
+    def work_bytes(self) -> int:
+        """Bytes of everything but the cache."""
+        tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
+        owned = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+        others = [*self._scratch, self.attention.partial, self.attention.peaks]
+        return sum(owned.values()) + sum(tensor.nbytes for tensor in others) - self.cache_bytes
+
+    def _rows(self, *width: int) -> Tensor:
+        return torch.zeros(MAX_ROWS, *width, dtype=self.dtype, device=self.device)
+
+
+def _in_steps(rows: int) -> int:
+    return -(-rows // CACHE_STEP) * CACHE_STEP
