@@ -45,7 +45,7 @@ def pack_int8(weights: list[Int8Weight], dtype: torch.dtype, *, gate_up: bool = 
     n, k = codes.shape
     if k % 64:
         raise ValueError(f"{k} input features; the int8 kernel needs a multiple of 64.")
-    # [tile, g, row, block, half, step in half, a0 | a2, q, pair]; a lane's 16 bytes of a half are [row, step, a0 | a2, pair]
+    # [tile, g, row, block, half, step in half, a0 | a2, q, pair]; a lane's 16 bytes are [row, step, a0 | a2, pair]
     tiles = codes.view(torch.uint8).view(n // 16, 8, 2, k // 64, 2, 2, 2, 4, 2)
     return PackedLinear(
         weights=tiles.permute(0, 3, 4, 1, 7, 2, 5, 6, 8).contiguous(),

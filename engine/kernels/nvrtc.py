@@ -27,7 +27,7 @@ __all__ = ["Kernel", "KernelCompileError", "compile_source", "is_available", "lo
 
 SOURCES = Path(__file__).parent / "cuda"
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
-MAX_DYNAMIC_SHARED = 8  # CUfunction_attribute
+STATIC_SHARED, LOCAL_BYTES, REGISTERS, MAX_DYNAMIC_SHARED = 1, 3, 4, 8  # CUfunction_attribute
 Defines = tuple[tuple[str, int], ...]
 
 
@@ -75,6 +75,19 @@ class Kernel:
         )
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), f"launch {self.name}")
 
+    def resources(self, block: int, shared_bytes: int = 0) -> dict[str, int]:
+        """Return what a launch takes: registers and spilled bytes a thread, thread blocks per multiprocessor."""
+        value, found = ctypes.c_int(), {}
+        asked = {"registers": REGISTERS, "spilled_bytes": LOCAL_BYTES, "static_shared": STATIC_SHARED}
+        for name, number in asked.items():
+            _check(_driver().cuFuncGetAttribute(ctypes.byref(value), number, self.function), f"ask about {self.name}")
+            found[name] = value.value
+        result = _driver().cuOccupancyMaxActiveBlocksPerMultiprocessor(
+            ctypes.byref(value), self.function, block, ctypes.c_size_t(shared_bytes)
+        )
+        _check(result, f"ask for the occupancy of {self.name}")
+        return found | {"blocks_per_multiprocessor": value.value}
+
 
 def _as_c(arg: Tensor | int | float | None) -> ctypes._SimpleCData:
     if arg is None:
@@ -84,7 +97,7 @@ def _as_c(arg: Tensor | int | float | None) -> ctypes._SimpleCData:
     return ctypes.c_float(arg) if isinstance(arg, float) else ctypes.c_int(arg)
 
 
-@lru_cache(maxsize=512)
+@lru_cache(maxsize=4096)
 def load_kernel(source: str, name: str, defines: Defines = (), shared_bytes: int = 0) -> Kernel:
     """Compile `name` from the named source file with `defines`, and load it on the current device.
 

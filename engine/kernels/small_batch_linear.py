@@ -93,11 +93,14 @@ class LinearConfig:
         """Return what the source is compiled with."""
         left_out = ("wgmma",) if self.wgmma else ("wgmma", "row_loop", "x_blocks")
         named = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        if self.wgmma:
+            named["row_loop"] = min(self.row_loop, 2)  # the source asks only whether there is a loop
         return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
 
-    @property
-    def kernel_name(self) -> str:
-        return "linear_wgmma" if self.wgmma else "linear"
+    def kernel(self, k: int, dtype: torch.dtype) -> tuple[str, str, tuple[tuple[str, int], ...], int]:
+        """Return what `load_kernel` is asked for."""
+        name = "linear_wgmma" if self.wgmma else "linear"
+        return f"{name}.cuh", name, self.defines(dtype), self.shared_bytes(k)
 
     def workspace_floats(self, n: int) -> int:
         blocks = math.ceil(n / self.block_rows)
@@ -185,12 +188,11 @@ def run_linear(
     assert tokens <= 8 * config.token_tiles, f"{tokens} tokens in a launch built for {8 * config.token_tiles}"
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
     workspace.reserve(config.workspace_floats(weight.n))
-    shared_bytes = config.shared_bytes(weight.k)
-    kernel = load(f"{config.kernel_name}.cuh", config.kernel_name, config.defines(x.dtype), shared_bytes)
+    kernel = load(*config.kernel(weight.k, x.dtype))
     epilogue = _epilogue(weight, residual, out)
     arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
     arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
-    kernel(config.grid(weight.n), config.threads, arguments, shared_bytes)
+    kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
     return out
 
 

@@ -140,4 +140,4 @@ def _save(table: dict[str, dict[str, int]]) -> None:
 
 def _path() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-    return cache_folder() / f"linear-{name}-v1.json"
+    return cache_folder() / f"linear-{name}-v2.json"

@@ -31,12 +31,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
         for (int t = 0; t < ROW_TILES; ++t)
             if (block < blocks && first_tile + t < row_tiles)
                 load_tile(slot[t], next_codes + t * blocks * (LOADS * 32), next_scales + t * blocks * 8, lane);
-        next_codes += SLICES * LOADS * 32;
-        next_scales += SLICES * 8;
+        next_codes += TILE_STEP * LOADS * 32;
+        next_scales += TILE_STEP * 8;
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) prefetch(ahead[d], d * SLICES + slice);
-    if (PREFETCH && threadIdx.x < BLOCK_ROW_TILES && blockIdx.x * BLOCK_ROW_TILES + threadIdx.x < row_tiles)
+    if (PREFETCH && TILE_STEP && threadIdx.x < BLOCK_ROW_TILES && blockIdx.x * BLOCK_ROW_TILES + threadIdx.x < row_tiles)
         prefetch_tiles(weights, scales, (long long)(blockIdx.x * BLOCK_ROW_TILES + threadIdx.x) * blocks, blocks);
 
     const Tables tables = load_tables(table);

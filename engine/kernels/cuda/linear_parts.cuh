@@ -23,6 +23,7 @@ constexpr int THREADS = 32 * ROW_WARPS * SLICE_WARPS;
 constexpr int LOADS = IS_NF4 ? 1 : DECODE == 2 ? 2 : 4;  // 16-byte loads a lane and tile
 constexpr int TILE_BYTES = LOADS * 512;
 constexpr int BLOCK_ROW_TILES = ROW_WARPS * ROW_TILES;
+constexpr int TILE_STEP = ABLATE & NO_WEIGHTS ? 0 : SLICES;  // from one block of a slice to its next
 constexpr int PARTS = SLICES / SLICE_WARPS;  // thread blocks that share rows
 
 enum { PLAIN = 0, ADD_RESIDUAL = 1, SWIGLU = 2, FLOAT32 = 3 };

@@ -34,8 +34,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     auto fetch = [&](Prefetched& slot) {
         if (next_block < blocks && next_tile < row_tiles) load_tile(slot, next_codes, next_scales, lane);
         next_block += SLICES;
-        next_codes += SLICES * LOADS * 32;
-        next_scales += SLICES * 8;
+        next_codes += TILE_STEP * LOADS * 32;
+        next_scales += TILE_STEP * 8;
         if (ROW_LOOP > 1 && next_block >= padded * SLICES) {
             next_block = slice;
             next_tile += gridDim.x * ROW_WARPS;
@@ -45,7 +45,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(ahead[d]);
-    if (PREFETCH) {
+    if (PREFETCH && TILE_STEP) {
         for (int i = threadIdx.x; i < row_rounds * ROW_WARPS; i += THREADS) {
             int tile = (blockIdx.x + i / ROW_WARPS * gridDim.x) * ROW_WARPS + i % ROW_WARPS;
             if (tile < row_tiles) prefetch_tiles(weights, scales, (long long)tile * blocks, blocks);
