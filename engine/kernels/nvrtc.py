@@ -13,7 +13,8 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
@@ -23,7 +24,15 @@ from torch import Tensor
 
 from engine.errors import EngineError
 
-__all__ = ["Kernel", "KernelCompileError", "compile_source", "is_available", "load_kernel", "shared_memory_limit"]
+__all__ = [
+    "Kernel",
+    "KernelCompileError",
+    "compile_ahead",
+    "compile_source",
+    "is_available",
+    "load_kernel",
+    "shared_memory_limit",
+]
 
 SOURCES = Path(__file__).parent / "cuda"
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
@@ -159,6 +168,15 @@ def _fetch(size_of: ctypes._CFuncPtr, read: ctypes._CFuncPtr, program: ctypes.c_
     buffer = ctypes.create_string_buffer(size.value)
     read(program, buffer)
     return buffer.raw
+
+
+def compile_ahead(jobs: Iterable[tuple[str, Defines]]) -> None:
+    """Compile many sources at a time on all cores, so that loading their kernels finds them on disk."""
+    capability = torch.cuda.get_device_capability()
+    architecture = 10 * capability[0] + capability[1]
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for _ in pool.map(lambda job: _cached_code(*job, architecture), dict.fromkeys(jobs)):
+            pass
 
 
 def _cached_code(source: str, defines: Defines, architecture: int) -> bytes:
