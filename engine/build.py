@@ -4,6 +4,7 @@ Every choice between formats and every fallback is made here, with its reason, b
 """
 
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -14,11 +15,18 @@ from torch import Tensor, nn
 from engine.backbone import Backbone, BackboneConfig, BackboneWeights, LinearFactory
 from engine.block_weights import DenseWeight, Q4Affine, Q8Symmetric, Weight, quantize_q4
 from engine.bnb_linear import BnbInt8Linear, NF4Linear
+from engine.cuda_drafter import CudaDrafter
+from engine.cuda_runner import WARM_ROWS, CudaRunner
+from engine.cuda_tuning import compile_candidates
+from engine.cuda_weights import CudaKernelsUnavailableError, pack_backbone
 from engine.draft import Drafter, HeadsDrafter
 from engine.errors import InvalidParameterError, UnsupportedDeviceError
 from engine.heads import MedusaHeads
+from engine.kernels import nvrtc
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
 from engine.kernels.cpu_native import NativeLinear
+from engine.kernels.nvrtc import KernelCompileError
+from engine.kernels.tune_nf4 import choose_config
 from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
 from engine.native_drafter import NativeDrafter
 from engine.native_runner import NativeRunner
@@ -66,13 +74,21 @@ class Built(NamedTuple):
 
 
 def build_runner(
-    config: BackboneConfig, weights: BackboneWeights, *, device: str, quantize: str, source_format: str
+    config: BackboneConfig,
+    weights: BackboneWeights,
+    *,
+    device: str,
+    quantize: str,
+    source_format: str,
+    say: Callable[[str], None] | None = None,
 ) -> Built:
-    """Quantise or repack a model's weights for `device` and wrap it in a runner."""
+    """Quantise or repack a model's weights for `device` and wrap it in a runner; `say` hears what takes long."""
     chosen = QUANTIZE[device][0] if quantize == "auto" else quantize
     if chosen not in QUANTIZE[device]:
         allowed = ", ".join(QUANTIZE[device])
         raise InvalidParameterError(f"quantize is {quantize!r}; on {device} allowed is auto, {allowed}.")
+    if device == "cuda":
+        return _build_cuda(config, weights, chosen, source_format, say or (lambda message: None))
     if chosen != "int4":
         return Built(build_torch_runner(config, weights, device, chosen, source_format), _head_linear(device))
     try:
@@ -82,6 +98,34 @@ def build_runner(
     except CpuKernelsUnavailableError as error:
         note = f"Slower torch operations are in use: {error}"
         return Built(build_torch_runner(config, weights, device, chosen, source_format), pack_int4, (note,))
+
+
+def _build_cuda(
+    config: BackboneConfig, weights: BackboneWeights, quantize: str, source_format: str, say: Callable[[str], None]
+) -> Built:
+    """Build on the package's own kernels; where they cannot run, on bitsandbytes, with a note."""
+    try:
+        if not nvrtc.is_available():
+            raise CudaKernelsUnavailableError("They need compute capability 7.5 and torch's run-time compiler.")
+        runner = _cuda_runner(config, weights, quantize, say)
+    except (CudaKernelsUnavailableError, KernelCompileError) as error:
+        note = f"The engine's own CUDA kernels are not in use, so answers are slower. {error}"
+        slower = build_torch_runner(config, weights, "cuda", quantize, source_format)
+        return Built(slower, _head_linear("cuda"), (note,))
+    return Built(runner, _head_linear("cuda"))
+
+
+def _cuda_runner(
+    config: BackboneConfig, weights: BackboneWeights, quantize: str, say: Callable[[str], None]
+) -> CudaRunner:
+    dtype = _cuda_dtype()
+    packed = pack_backbone(config, weights, quantize=quantize, dtype=dtype, device="cuda")
+    label = str(dtype).removeprefix("torch.") if quantize == "none" else quantize
+    runner = CudaRunner(config, packed, label=f"{label} on CUDA kernels", choose=choose_config)
+    say("Preparing the GPU's kernels (longer at the first start on a machine)")
+    compile_candidates(packed.matrices, WARM_ROWS)
+    runner.warm_up()
+    return runner
 
 
 def build_torch_runner(
@@ -101,7 +145,12 @@ def build_torch_runner(
 
 
 def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> tuple[Drafter, tuple[str, ...]]:
-    """Put heads beside their backbone; return the drafter, and a note where the C kernels cannot draft for it."""
+    """Put heads beside their backbone; return the drafter, and a note where its kernels cannot draft for it."""
+    if isinstance(built.runner, CudaRunner):
+        try:
+            return CudaDrafter(heads, built.runner, lm_head), ()
+        except CudaKernelsUnavailableError as error:
+            return build_heads_drafter(heads, built, lm_head), (f"Drafting is slower: {error}",)
     if isinstance(built.runner, NativeRunner):
         try:
             return NativeDrafter(heads, built.runner, lm_head), ()

@@ -26,8 +26,9 @@ from engine.kernels.nvrtc import load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
 from engine.tree import CandidateTree
 
-__all__ = ["CudaRunner", "StepOutput"]
+__all__ = ["WARM_ROWS", "CudaRunner", "StepOutput"]
 
+WARM_ROWS = (1, *CHUNKS)  # numbers of rows that every answer needs
 _RESERVE = 512  # rows kept free beyond what is asked for, so that an answer rarely makes the cache grow
 
 
@@ -169,6 +170,12 @@ class CudaRunner:
             "buffers": self.memory.work_bytes + self.linear.num_bytes,
             "graphs": self.graphs.num_bytes,
         }
+
+    def warm_up(self) -> None:
+        """Choose and load what every answer needs. Raises KernelCompileError where this machine cannot run it."""
+        self.prefill([0])
+        self.truncate(0)
+        self.plan(CandidateTree(()), None)
 
     # -- the captured step --
 

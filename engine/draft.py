@@ -32,6 +32,10 @@ class Drafter(Protocol):
         """Guess from the hidden state [hidden] behind `root`, the token that the backbone chose there."""
         ...
 
+    def memory_bytes(self) -> int:
+        """Bytes held by the heads and their work memory."""
+        ...
+
 
 class HeadsDrafter:
     """Drafts with MEDUSA heads. `embed` maps ids [...] to [..., hidden]; `shared_output` as in `MedusaHeads.logits`."""
@@ -53,6 +57,11 @@ class HeadsDrafter:
                     rank = tree.choices[child - 1][-1]
                     tokens[child], probabilities[child] = guesses[row][rank], chances[row][rank]
         return Draft(tokens, probabilities)
+
+    def memory_bytes(self) -> int:
+        shared = [] if self._shared_output is None else [self._shared_output]
+        held = [tensor for part in (self.heads, *shared) for tensor in (*part.parameters(), *part.buffers())]
+        return sum(tensor.numel() * tensor.element_size() for tensor in held)
 
     def _seen(self, tree: CandidateTree, tokens: list[int], parent: int) -> list[int]:
         """Tokens that the head of `parent`'s children sees."""

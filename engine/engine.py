@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from engine.answer import AnswerRecord
 from engine.build import Built, build_drafter, build_runner, choose_device, use_all_cores
-from engine.decode import DecodeLoop
+from engine.captured_decode import make_loop
 from engine.draft import Drafter
 from engine.errors import ContextLengthError, EngineError
 from engine.models.head_formats import Target, read_heads
@@ -70,7 +70,7 @@ class Engine:
         source = open_model(model)
         say(f"Preparing the weights for {chosen}")
         built = build_runner(
-            source.config, source.weights, device=chosen, quantize=quantize, source_format=source.weight_format
+            source.config, source.weights, device=chosen, quantize=quantize, source_format=source.weight_format, say=say
         )
         say("Loading the draft heads")
         loaded = _load_heads(heads, source, built)
@@ -94,7 +94,7 @@ class Engine:
             has_heads=self._drafter is not None,
             heads_reason=self._heads_reason,
             num_heads=self._drafter.max_depth if self._drafter else 0,
-            memory_bytes=self._runner.memory_bytes(),
+            memory_bytes=self._runner.memory_bytes() + (self._drafter.memory_bytes() if self._drafter else 0),
             notes=self._notes,
         )
 
@@ -123,7 +123,7 @@ class Engine:
         record = AnswerRecord(self._tokenizer, limit, started)
         drafter = self._drafter if params.medusa else None
         seed = draw_seed() if params.seed is None else params.seed
-        loop = DecodeLoop(self._runner, drafter, params, seed)
+        loop = make_loop(self._runner, drafter, params, seed)
         tree = self._trees.first(self._tree_nodes(params) if drafter else 0)
         cached = self._reuse(prompt)
         try:
@@ -143,7 +143,8 @@ class Engine:
         )
 
     def _tree_nodes(self, params: SamplingParams) -> int:
-        return params.tree_nodes or self._trees.default_nodes[self._runner.device]
+        wanted = params.tree_nodes or self._trees.default_nodes[self._runner.device]
+        return min(wanted, self._runner.max_tree_nodes)
 
     def _room(self, prompt_tokens: int, max_tokens: int) -> int:
         room = self._runner.config.max_positions - prompt_tokens
@@ -166,9 +167,13 @@ class Engine:
         return common
 
     def _remember(self, prompt: list[int], answer: Sequence[int]) -> None:
-        """Drop cached rows past the answer's end and note what the others hold."""
+        """Drop cached rows past the answer's end and note what the others hold.
+
+        The last token's row goes too: whether it is there already differs with the trees, and a row that the next turn
+        runs in another way may have other bits.
+        """
         text = [*prompt, *answer]
-        self._runner.truncate(min(len(text), self._runner.num_committed))
+        self._runner.truncate(min(len(text) - 1, self._runner.num_committed))
         self._cached = text[: self._runner.num_committed]
 
 

@@ -28,7 +28,7 @@ from engine.kernels.cpu_native import (
     release_with,
     to_q8,
 )
-from engine.tree import CandidateTree
+from engine.tree import MAX_TREE_NODES, CandidateTree
 
 __all__ = ["NativeRunner"]
 
@@ -70,6 +70,7 @@ class NativeRunner:
     """
 
     device = "cpu"
+    max_tree_nodes = MAX_TREE_NODES
 
     def __init__(
         self,

@@ -23,6 +23,7 @@ class Runner(Protocol):
     config: BackboneConfig
     device: str
     weights: str  # what the linears are, for people: "Q4_1 as packed int4"
+    max_tree_nodes: int  # drafted nodes that one step can take
 
     @property
     def num_committed(self) -> int:

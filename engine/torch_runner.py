@@ -8,7 +8,7 @@ from torch import Tensor
 from engine.attention import attend_masked, attend_prefill, attend_rowwise
 from engine.backbone import Backbone
 from engine.kv_cache import KVCache
-from engine.tree import CandidateTree
+from engine.tree import MAX_TREE_NODES, CandidateTree
 
 __all__ = ["TorchRunner"]
 
@@ -17,6 +17,8 @@ _PREFILL_ROWS = 512  # bounds the activations' memory; longer prompts go in piec
 
 class TorchRunner:
     """See `engine.runner.Runner`. `exact` chooses attention whose rows do not depend on their neighbours."""
+
+    max_tree_nodes = MAX_TREE_NODES
 
     def __init__(self, backbone: Backbone, *, device: str, dtype: torch.dtype, weights: str, exact: bool) -> None:
         self.config = backbone.config

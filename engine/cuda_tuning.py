@@ -1,0 +1,20 @@
+"""How matrices are launched on this GPU: measured once for a shape and a number of rows, and remembered on disk."""
+
+from collections.abc import Sequence
+
+from engine.kernels.nvrtc import compile_ahead
+from engine.kernels.small_batch_linear import PackedLinear, token_tiles_for
+from engine.kernels.tune_nf4 import candidates
+
+__all__ = ["compile_candidates"]
+
+
+def compile_candidates(matrices: Sequence[PackedLinear], rows: Sequence[int]) -> None:
+    """Compile on all cores what measuring these matrices would compile one by one."""
+    jobs = {}
+    for count in {8 * token_tiles_for(count) for count in rows}:
+        for matrix in matrices:
+            for config in candidates(matrix.decode, count, matrix.n, matrix.k):
+                source, _, defines, _ = config.kernel(matrix.k, matrix.dtype)
+                jobs[source, defines] = None
+    compile_ahead(jobs)
