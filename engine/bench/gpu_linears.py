@@ -1,7 +1,6 @@
 """The linears on a GPU: matrices and bitsandbytes' own, errors against float64, equality of bits, times by shape."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -37,12 +36,10 @@ def compile_all(report: Report) -> dict[str, Any]:
     return {"kernels": compile_configs(configs)}
 
 
-def compile_configs(configs: Iterable[LinearConfig], threads: int = 16) -> int:
+def compile_configs(configs: Iterable[LinearConfig]) -> int:
     """Fill the cache of compiled kernels for bfloat16; return how many."""
     jobs = {(source, defines) for source, _, defines, _ in (config.kernel(64, torch.bfloat16) for config in configs)}
-    capability = torch.cuda.get_device_capability()
-    with ThreadPoolExecutor(threads) as pool:
-        list(pool.map(lambda job: nvrtc._cached_code(*job, 10 * capability[0] + capability[1]), jobs))
+    nvrtc.compile_ahead(jobs)
     return len(jobs)
 
 
