@@ -14,7 +14,8 @@ from engine.accept import accept_exact, accept_typical
 from engine.draft import Draft, Drafter
 from engine.records import DecodeStep
 from engine.runner import Runner
-from engine.sampling import SamplingParams, sample, target_probabilities
+from engine.sampler import sample, target_probabilities
+from engine.sampling import SamplingParams
 from engine.tree import CandidateTree
 
 __all__ = ["PLAIN", "DecodeLoop"]

@@ -2,6 +2,7 @@
 // A thread block is a set of fibers that take turns; barriers and warp operations are where they give way. Blocks run
 // one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
 // so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
+#include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
 #include <cmath>
@@ -28,11 +29,11 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulator {
-struct Fiber {
-    ucontext_t context;
+struct Fiber {  // lives on from block to block; turns are taken by jumps, which ask nothing of the kernel
+    jmp_buf place;
     std::vector<u8> stack;
     Index3 thread;
-    bool done;
+    bool done, started;
 };
 struct Warp {
     int arrived = 0, generation = 0, alive = 32;
@@ -40,13 +41,15 @@ struct Warp {
 };
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
-static ucontext_t scheduler;
+static jmp_buf scheduler;
 static int current, block_arrived, block_generation, alive;
 static Index3 block_index, grid_size, block_size;
 static std::vector<u8> dynamic_shared;
 static std::function<void()> body;
 
-inline void give_way() { swapcontext(&fibers[current].context, &scheduler); }
+inline void give_way() {
+    if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
+}
 inline Fiber& self() { return fibers[current]; }
 
 inline void leave() {
@@ -58,7 +61,25 @@ inline void leave() {
     if (alive > 0 && block_arrived >= alive) { block_arrived = 0; ++block_generation; }
     if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
 }
-inline void entry() { body(); leave(); while (true) give_way(); }
+inline void entry() {
+    while (true) {
+        body();
+        leave();
+        give_way();
+    }
+}
+inline void take_turn(Fiber& fiber) {
+    if (_setjmp(scheduler)) return;
+    if (fiber.started) _longjmp(fiber.place, 1);
+    static ucontext_t first, here;
+    fiber.started = true;
+    fiber.stack.resize(256 * 1024);
+    getcontext(&first);
+    first.uc_stack.ss_sp = fiber.stack.data();
+    first.uc_stack.ss_size = fiber.stack.size();
+    makecontext(&first, entry, 0);
+    swapcontext(&here, &first);
+}
 
 inline void block_barrier() {
     int generation = block_generation;
@@ -84,25 +105,18 @@ template <typename T> T exchanged(T value, int from) {
 }
 
 inline void run_block(int threads, size_t shared_bytes) {
-    fibers.resize(threads);
+    if ((int)fibers.size() < threads) fibers.resize(threads);
     warps.assign((threads + 31) / 32, Warp());
     alive = threads;
     block_arrived = 0;
     dynamic_shared.assign(shared_bytes + 64, 0xcd);
     for (int i = 0; i < threads; ++i) {
-        Fiber& fiber = fibers[i];
-        fiber.stack.resize(256 * 1024);
-        fiber.thread = {(u32)i, 0, 0};
-        fiber.done = false;
-        getcontext(&fiber.context);
-        fiber.context.uc_stack.ss_sp = fiber.stack.data();
-        fiber.context.uc_stack.ss_size = fiber.stack.size();
-        fiber.context.uc_link = &scheduler;
-        makecontext(&fiber.context, entry, 0);
+        fibers[i].thread = {(u32)i, 0, 0};
+        fibers[i].done = false;
     }
     while (alive > 0)
         for (int i = 0; i < threads; ++i)
-            if (!fibers[i].done) { current = i; swapcontext(&scheduler, &fibers[i].context); }
+            if (!fibers[i].done) { current = i; take_turn(fibers[i]); }
 }
 
 inline void launch(Index3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
