@@ -12,20 +12,26 @@ from typing import NamedTuple
 
 from engine.answer import AnswerRecord
 from engine.build import Built, build_drafter, build_runner, choose_device, use_all_cores
-from engine.captured_decode import make_loop
+from engine.captured_decode import CapturedLoop, make_loop
 from engine.draft import Drafter
 from engine.errors import ContextLengthError, EngineError
 from engine.models.head_formats import Target, read_heads
 from engine.models.loader import LoadedModel, open_model
 from engine.models.tokenizer import ChatTokenizer
-from engine.nested_tree import NestedTree
+from engine.nested_tree import NestedTree, tree_file
 from engine.records import EngineInfo, GenerationChunk
 from engine.runner import Runner
 from engine.sampling import SamplingParams, draw_seed
+from engine.step_times import SIZES, StepTimer, measure_step_times
+from engine.tuning import Tuner, device_name, engine_version, load_or_measure
 
 __all__ = ["Engine"]
 
 Messages = Sequence[dict[str, str]]
+
+_MEASURED_CONTEXT = 256  # committed rows behind which steps are timed
+_MEASURING_S = {"cpu": 4.0, "cuda": 8.0}  # on a GPU this includes capturing each size once
+_WARM_STEPS = {True: 4, False: 1}  # captured: load, capture, and fill the queue of steps under way
 
 
 class Engine:
@@ -45,6 +51,7 @@ class Engine:
         self._name, self._runner, self._tokenizer = name, runner, tokenizer
         self._drafter, self._trees, self._heads_reason = drafter, trees, heads_reason
         self._notes = notes
+        self._tuner: Tuner | None = None
         self._cached: list[int] = []  # the tokens behind the committed rows
         self._lock = threading.Lock()
 
@@ -74,7 +81,7 @@ class Engine:
         )
         say("Loading the draft heads")
         loaded = _load_heads(heads, source, built)
-        return cls(
+        engine = cls(
             name=source.name,
             runner=built.runner,
             tokenizer=source.tokenizer,
@@ -83,6 +90,8 @@ class Engine:
             heads_reason=loaded.reason,
             notes=(*built.notes, *loaded.notes),
         )
+        engine.tune(loaded.identity, say)
+        return engine
 
     @property
     def info(self) -> EngineInfo:
@@ -96,7 +105,40 @@ class Engine:
             num_heads=self._drafter.max_depth if self._drafter else 0,
             memory_bytes=self._runner.memory_bytes() + (self._drafter.memory_bytes() if self._drafter else 0),
             notes=self._notes,
+            tuning=self._tuner.report() if self._tuner else None,
         )
+
+    def tune(self, heads: str, say: Callable[[str], None]) -> None:
+        """Choose the size of tree: from what is kept for this machine, model and `heads` (any name of theirs), or
+        by measuring step times now."""
+        if self._drafter is None:
+            return
+        runner = self._runner
+        identity = (device_name(runner.device), runner.weights, self._name, str(runner.config), heads, engine_version())
+        self._tuner = load_or_measure(
+            self._trees,
+            identity=identity,
+            measure=lambda: self._measure_steps(say),
+            default_nodes=self._trees.default_nodes[runner.device],
+        )
+
+    def _measure_steps(self, say: Callable[[str], None]) -> dict[int, float]:
+        """Return milliseconds a step by drafted nodes; the cache is empty afterwards."""
+        runner, greedy = self._runner, SamplingParams()
+        context = min(_MEASURED_CONTEXT, runner.config.max_positions // 2)
+        text = "The sea is never quite still, and those who live beside it know its moods. " * 40
+        timer = StepTimer(
+            loop=lambda drafts: make_loop(runner, self._drafter if drafts else None, greedy, 0),
+            tree=self._trees.first,
+            truncate=runner.truncate,
+            prompt=self._tokenizer.encode_chat([{"role": "user", "content": text}])[:context],
+            warm_steps=_WARM_STEPS[isinstance(make_loop(runner, self._drafter, greedy, 0), CapturedLoop)],
+        )
+        sizes = [size for size in SIZES if size <= min(len(self._trees.order), runner.max_tree_nodes)]
+        try:
+            return measure_step_times(timer, sizes, budget_s=_MEASURING_S[runner.device], say=say)
+        finally:
+            runner.truncate(0)
 
     def count_tokens(self, messages: Messages) -> int:
         """Count the prompt that `messages` make."""
@@ -121,18 +163,25 @@ class Engine:
         prompt = self._tokenizer.encode_chat(messages)
         limit = self._room(len(prompt), params.max_tokens)
         record = AnswerRecord(self._tokenizer, limit, started)
-        drafter = self._drafter if params.medusa else None
+        nodes = self._tree_nodes(params)
+        drafter = self._drafter if nodes else None
         seed = draw_seed() if params.seed is None else params.seed
         loop = make_loop(self._runner, drafter, params, seed)
-        tree = self._trees.first(self._tree_nodes(params) if drafter else 0)
+        tree = self._trees.first(nodes)
+        paths: list[tuple[int, ...]] = []
         cached = self._reuse(prompt)
         try:
             yield record.first(loop.prefill(prompt[cached:]))
             steps = loop.steps(tree)
             while record.finish_reason is None and not stop.is_set():
-                yield record.add(next(steps))
+                step = next(steps)
+                if step.tree_nodes == tree.num_drafted:  # a smaller one was all that fitted the context
+                    paths.append(step.path)
+                yield record.add(step)
         finally:
             self._remember(prompt, record.tokens)
+            if self._tuner and nodes and not params.is_typical:
+                self._tuner.learn(tree, paths)
         yield record.finish(
             prompt_tokens=len(prompt),
             cached_tokens=cached,
@@ -143,8 +192,12 @@ class Engine:
         )
 
     def _tree_nodes(self, params: SamplingParams) -> int:
-        wanted = params.tree_nodes or self._trees.default_nodes[self._runner.device]
-        return min(wanted, self._runner.max_tree_nodes)
+        """Return how many nodes to draft; 0 is plain decoding."""
+        if not params.medusa or self._drafter is None:
+            return 0
+        chosen = self._tuner.chosen if self._tuner else self._trees.default_nodes[self._runner.device]
+        wanted = chosen if params.tree_nodes is None else params.tree_nodes
+        return min(wanted, self._runner.max_tree_nodes, len(self._trees.order))
 
     def _room(self, prompt_tokens: int, max_tokens: int) -> int:
         room = self._runner.config.max_positions - prompt_tokens
@@ -184,6 +237,7 @@ class _Heads(NamedTuple):
     trees: NestedTree
     reason: str = ""
     notes: tuple[str, ...] = ()
+    identity: str = ""
 
 
 def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> _Heads:
@@ -200,4 +254,10 @@ def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> _Heads:
             raise
         return _Heads(None, NestedTree.default(), str(error))
     drafter, notes = build_drafter(loaded.heads, built, lm_head)
-    return _Heads(drafter, trees, notes=(*loaded.notes, *notes))
+    return _Heads(drafter, trees, notes=(*loaded.notes, *notes), identity=_identity(path))
+
+
+def _identity(path: Path) -> str:
+    """Name a heads file or folder and its calibration so that a change of either is another name."""
+    parts = sorted(path.iterdir()) if path.is_dir() else [part for part in (path, tree_file(path)) if part.is_file()]
+    return "|".join(f"{part.resolve()} {part.stat().st_size} {part.stat().st_mtime_ns}" for part in parts)

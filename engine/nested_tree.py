@@ -56,8 +56,9 @@ class NestedTree:
         return _DEFAULT_NODES
 
     def limited(self, num_heads: int) -> "NestedTree":
-        """Leave out nodes deeper than there are heads."""
-        return NestedTree(tuple(choice for choice in self.order if len(choice) <= num_heads), self.expected)
+        """Leave out nodes deeper than there are heads; the measured figures hold for the whole order only."""
+        kept = tuple(choice for choice in self.order if len(choice) <= num_heads)
+        return NestedTree(kept, self.expected if kept == self.order else ())
 
     def first(self, nodes: int) -> CandidateTree:
         """Return the tree of the first `nodes` drafted nodes, or of all where there are fewer."""

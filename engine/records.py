@@ -4,6 +4,7 @@ Plain values only (no tensors), so that the app can store, send and draw them wi
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 __all__ = ["DecodeStep", "EngineInfo", "GenerationChunk", "GenerationResult"]
 
@@ -86,3 +87,4 @@ class EngineInfo:
     num_heads: int = 0
     memory_bytes: int = 0
     notes: tuple[str, ...] = field(default_factory=tuple)
+    tuning: dict[str, Any] | None = None  # the tree's choice, see `engine.tuning.Tuner.report`; None without heads

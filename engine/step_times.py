@@ -1,0 +1,107 @@
+"""How long one decode step takes on this machine, by the size of its tree: drafting, verifying, accepting, committing.
+
+Measured through the loop that answers use, behind a prompt of ordinary length. What was committed before is lost.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Protocol
+
+from engine.records import DecodeStep
+from engine.tree import CandidateTree
+
+__all__ = ["SIZES", "StepTimer", "measure_step_times"]
+
+# Drafted nodes. With the root, sizes from 7 on fill the kernels' tiles of 8 and 16 rows: between them a smaller tree
+# costs the same, so no size there could be the better choice.
+SIZES = (0, 1, 2, 3, 4, 5, 7, 11, 15, 23, 31, 47, 63)
+_ROUNDS = 3
+_STEPS = 5  # timed steps of one size before the next one has its turn
+_LONG_TURN_MS = 200.0  # a turn ends early after this: large models on small machines are steady anyway
+_AT_LEAST = 3  # sizes measured whatever it costs
+
+Measure = Callable[[int], list[float]]  # drafted nodes -> milliseconds of a few steps
+
+
+class Loop(Protocol):
+    """What is asked of a decode loop."""
+
+    def prefill(self, tokens: Sequence[int]) -> int: ...
+
+    def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]: ...
+
+
+class StepTimer:
+    """Times steps behind `prompt`. `loop` makes a new greedy loop, with heads or without.
+
+    `truncate` is the runner's; a captured loop needs `warm_steps` to load, capture and fill its queue.
+    """
+
+    def __init__(
+        self,
+        *,
+        loop: Callable[[bool], Loop],
+        tree: Callable[[int], CandidateTree],
+        truncate: Callable[[int], None],
+        prompt: Sequence[int],
+        warm_steps: int,
+    ) -> None:
+        self._loop, self._tree, self._truncate = loop, tree, truncate
+        self._prompt, self._warm_steps = list(prompt), warm_steps
+        self._is_filled = False
+
+    def __call__(self, nodes: int) -> list[float]:
+        """Return the milliseconds of a few steps with `nodes` drafted nodes."""
+        loop = self._loop(nodes > 0)
+        self._fill()
+        loop.prefill(self._prompt[-1:])
+        steps = loop.steps(self._tree(nodes))
+        for _ in range(self._warm_steps):
+            next(steps)
+        taken: list[float] = []
+        while len(taken) < _STEPS and sum(taken) < _LONG_TURN_MS:
+            taken.append(next(steps).duration_ms)
+        return taken
+
+    def _fill(self) -> None:
+        """Bring the cache to all of the prompt but its last token."""
+        if self._is_filled:
+            self._truncate(len(self._prompt) - 1)
+            return
+        self._truncate(0)
+        self._loop(False).prefill(self._prompt[:-1])
+        self._is_filled = True
+
+
+def measure_step_times(
+    measure: Measure,
+    sizes: Sequence[int],
+    *,
+    budget_s: float,
+    say: Callable[[str], None],
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[int, float]:
+    """Return the median milliseconds a step by drafted nodes, in rounds over `sizes` from small to large.
+
+    When the budget is spent no further size is begun; larger ones are then missing. Times never fall with size: where
+    noise says so, the smaller tree gets the larger one's time.
+    """
+    started = clock()
+    samples: dict[int, list[float]] = {}
+    for turn in range(_ROUNDS):
+        for size in sizes if turn == 0 else list(samples):
+            if len(samples) >= _AT_LEAST and clock() - started > budget_s:
+                break
+            if turn == 0:
+                say(f"Measuring this machine: trees of {size} of {sizes[-1]} nodes")
+            samples.setdefault(size, []).extend(measure(size))
+    return _never_falling({size: median(taken) for size, taken in samples.items()})
+
+
+def _never_falling(times: dict[int, float]) -> dict[int, float]:
+    lowest, found = float("inf"), {}
+    for size in sorted(times, reverse=True):
+        lowest = min(lowest, times[size])
+        found[size] = lowest
+    return {size: found[size] for size in sorted(found)}
