@@ -31,6 +31,7 @@ from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEm
 from engine.native_drafter import NativeDrafter
 from engine.native_runner import NativeRunner
 from engine.runner import Runner
+from engine.step_times import SIZES
 from engine.torch_runner import TorchRunner
 
 __all__ = [
@@ -123,7 +124,7 @@ def _cuda_runner(
     label = str(dtype).removeprefix("torch.") if quantize == "none" else quantize
     runner = CudaRunner(config, packed, label=f"{label} on CUDA kernels", choose=choose_config)
     say("Preparing the GPU's kernels (longer at the first start on a machine)")
-    compile_candidates(packed.matrices, WARM_ROWS)
+    compile_candidates(packed.matrices, (*WARM_ROWS, *(size + 1 for size in SIZES)))
     runner.warm_up()
     return runner
 
