@@ -1,15 +1,17 @@
 """The state of a training run on disk, replaced as a whole, so that a killed run goes on where it last was."""
 
 import os
+import pickle
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import nn
 
 from engine.errors import InvalidParameterError
 
-__all__ = ["load_checkpoint", "save_checkpoint"]
+__all__ = ["load_checkpoint", "save_checkpoint", "saved_settings"]
 
 
 def save_checkpoint(
@@ -40,7 +42,7 @@ def load_checkpoint(
 
     Raises InvalidParameterError where the file belongs to a run with other settings.
     """
-    state = torch.load(path, map_location="cpu", weights_only=True)
+    state = _read(path)
     changed = sorted(name for name, value in settings.items() if state["settings"].get(name) != value)
     if changed:
         raise InvalidParameterError(
@@ -49,3 +51,16 @@ def load_checkpoint(
     module.load_state_dict(state["module"])
     optimizer.load_state_dict(state["optimizer"])
     return state["step"], state["elapsed"]
+
+
+def saved_settings(path: Path) -> dict[str, Any]:
+    """Return the settings that a run to be gone on with was started with; none where there is no checkpoint."""
+    return _read(path)["settings"] if path.is_file() else {}
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Map a checkpoint into memory, so that what is not looked at is not read."""
+    try:
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+    except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+        raise InvalidParameterError(f"{path} is no checkpoint of a training run; delete it to begin anew.") from error

@@ -14,6 +14,7 @@ from engine.heads import MedusaHeads
 from engine.models.head_formats import Target, read_heads
 from engine.training.dense import TrainingModel, load_model
 from engine.training.kernel_checks import check_kernels
+from engine.training.processes import is_first_of_launch
 
 __all__ = [
     "Report",
@@ -63,12 +64,12 @@ def reporter() -> Report:
     return lambda line: print(f"[{time.monotonic() - start:7.1f} s] {line}", file=sys.stderr, flush=True)
 
 
-def open_model(model: str, device: str, report: Report) -> TrainingModel:
-    """Load a model for training on the chosen device."""
+def open_model(model: str, device: str, report: Report, quantize: str = "none") -> TrainingModel:
+    """Load a model for training on the chosen device, its linears in the format `quantize`."""
     chosen = choose_device(device)
     torch.set_float32_matmul_precision("highest")
-    loaded = load_model(model, chosen)
-    report(f"{loaded.name} loaded on {chosen}")
+    loaded = load_model(model, chosen, quantize=quantize)
+    report(f"{loaded.name} loaded on {chosen}{'' if quantize == 'none' else f', linears in {quantize}'}")
     if chosen == "cuda":
         check_kernels(report)
     return loaded
@@ -85,7 +86,10 @@ def open_heads(path: Path, model: TrainingModel, report: Report) -> MedusaHeads:
 
 
 def told_in_a_sentence(command: Command) -> Command:
-    """Wrap a command: what a person can act on becomes one line on standard error and exit code 2."""
+    """Wrap a command: what a person can act on becomes one line on standard error and exit code 2.
+
+    Of several processes the first speaks: all were given the same and refuse the same.
+    """
 
     def run(args: argparse.Namespace) -> int:
         try:
@@ -94,7 +98,8 @@ def told_in_a_sentence(command: Command) -> Command:
             sentence = str(error)
         except torch.OutOfMemoryError as error:
             sentence = f"The device ran out of memory ({error}); close other programs or lower the limits in --help."
-        print(" ".join(sentence.split()), file=sys.stderr)
+        if is_first_of_launch():
+            print(" ".join(sentence.split()), file=sys.stderr)
         return BAD_INPUT
 
     return run

@@ -6,12 +6,15 @@ Arguments in; one heads file or one model folder, and the checkpoint, out.
 import argparse
 import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from engine.build import choose_device
 from engine.errors import InvalidParameterError
 from engine.heads import OUTPUTS, SEES, HeadsConfig, MedusaHeads, parameter_count
 from engine.models.heads_file import STORAGES, save_heads
+from engine.training.checkpoint import saved_settings
 from engine.training.cli_options import (
     Report,
     add_base_options,
@@ -22,12 +25,15 @@ from engine.training.cli_options import (
     reporter,
     told_in_a_sentence,
 )
-from engine.training.dataset import TextSet, build_cache, hold_back, load_text, most_used_tokens
+from engine.training.dataset import TextSet, hold_back, load_text, most_used_tokens
 from engine.training.dense import TrainingModel
 from engine.training.joint_result import train_jointly
 from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
 from engine.training.medusa2 import JointPlan
+from engine.training.processes import Processes, open_processes
+from engine.training.quantized import QUANTIZE
 from engine.training.shards import read_index
+from engine.training.windows import build_lanes
 
 __all__ = ["EPILOG", "add_arguments", "run"]
 
@@ -39,9 +45,13 @@ start from (--start-heads); without, the heads learn alone first.
 
 Progress is saved beside the result (.ckpt): the same command goes on where a stopped one was.
 
+On several GPUs, start it through accelerate, with the Python of .venv; a stopped run may go on with another number of
+them. On machines without a GPU it takes --multi_gpu too, and --device cpu here.
+
 examples:
   python launcher.py train --data data --out heads.safetensors --sees path --epochs 4
-  python launcher.py train --data data --out tuned --recipe medusa2 --start-heads heads.safetensors"""
+  python launcher.py train --data data --out tuned --recipe medusa2 --start-heads heads.safetensors
+  .venv/bin/accelerate launch --multi_gpu --num_processes 2 launcher.py train --data data --out heads.safetensors"""
 
 EPOCHS = {"medusa1": 4.0, "medusa2": 1.0}
 RATES = {"medusa1": TrainingPlan.learning_rate, "medusa2": JointPlan.learning_rate}
@@ -53,6 +63,12 @@ BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `train` takes."""
     add_base_options(parser)
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="format of the model's linears while it trains: bfloat16 (none), or bitsandbytes' nf4 or int8",
+    )
     parser.add_argument("--data", required=True, type=existing_folder, metavar="DIR", help="data of `distill`")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="the .safetensors file to write; medusa2: the folder"
@@ -83,7 +99,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="default: 0.0015; medusa2: 0.0005 for the model, and four times that for the heads",
     )
-    learn.add_argument("--batch-tokens", type=at_least(1), metavar="N", help="tokens a step (default: by device)")
+    learn.add_argument(
+        "--batch-tokens", type=at_least(1), metavar="N", help="tokens a step, of all processes (default: by device)"
+    )
     learn.add_argument("--max-tokens", type=at_least(1), metavar="N", help="tokens of data used (default: by memory)")
     learn.add_argument(
         "--save-every", type=at_least(0, float), default=60.0, metavar="SECONDS", help="checkpoint (default: 60)"
@@ -122,29 +140,46 @@ def run(args: argparse.Namespace) -> int:
     is_joint = args.recipe == "medusa2"
     checkpoint = args.out.with_name(args.out.name + ".ckpt") if is_joint else args.out.with_suffix(".ckpt")
     _check(args, checkpoint)
-    report = reporter()
     text = load_text(args.data)
-    model = open_model(args.model, args.device, report)
+    processes = open_processes(choose_device(args.device))
+    report = processes.spoken(reporter())
+    model = open_model(args.model, args.device, report, args.quantize)
     _check_model(args, model)
     train, held = hold_back(text)
     if not train.num_documents:
         raise InvalidParameterError(f"{args.data} holds too little; let distill write at least 20 conversations.")
-    train = _limited(args, train, model, report)
+    _adopt(args, saved_settings(checkpoint))
+    train = _limited(args, train, model, processes, report)
     report(f"{train.num_documents:,} conversations, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
     heads, vocabulary = _heads(args, train, model, report)
-    plan = _plan(args, train, model)
+    plan = _plan(args, train, model, processes)
     args.out.parent.mkdir(parents=True, exist_ok=True)
+    if not processes.is_alone:
+        report(f"{processes.count} processes share every step of {plan.batch_tokens:,} tokens")
+    torch.manual_seed(plan.seed + processes.index)  # the heads are made, and alike; nothing random need be alike now
     if isinstance(plan, JointPlan):
-        line = train_jointly(model, heads, vocabulary, train, held, plan, checkpoint, args.out, args.storage, report)
+        line = train_jointly(
+            model, heads, vocabulary, train, held, plan, checkpoint, args.out, args.storage, report, processes
+        )
     else:
-        cache = build_cache(model, train, report=report)
-        trainer = HeadTrainer(heads, vocabulary, cache, plan, checkpoint)
-        figures = trainer.run_reported(report)
-        save_heads(args.out, heads, {"base_model": model.name}, storage=args.storage)
-        loss = f", loss {figures['loss']:.4f}" if figures else ""
-        line = f"Wrote {heads.config.num_heads} heads to {args.out} after {trainer.step} steps{loss}."
-    print(line)
+        lanes = build_lanes(model, train, plan.window, processes, report)
+        trainer = HeadTrainer(heads, vocabulary, lanes, plan, checkpoint, processes)
+        line = _train_heads(args, model, trainer, report)
+    if line:
+        print(line)
     return 0
+
+
+def _train_heads(args: argparse.Namespace, model: TrainingModel, trainer: HeadTrainer, report: Report) -> str:
+    """Train heads alone; the first process writes them and returns the line that says so."""
+    figures = trainer.run_reported(report)
+    trainer.processes.close()
+    if not trainer.processes.is_first:
+        return ""
+    heads = trainer.heads
+    save_heads(args.out, heads, {"base_model": model.name}, storage=args.storage)
+    loss = f", loss {figures['loss']:.4f}" if figures else ""
+    return f"Wrote {heads.config.num_heads} heads to {args.out} after {trainer.step} steps{loss}."
 
 
 def _check(args: argparse.Namespace, checkpoint: Path) -> None:
@@ -200,8 +235,14 @@ def _token_map(args: argparse.Namespace, train: TextSet, model: TrainingModel) -
     return most_used_tokens(train, min(args.draft_vocab, vocab), vocab)
 
 
-def _plan(args: argparse.Namespace, train: TextSet, model: TrainingModel) -> TrainingPlan:
-    batch = args.batch_tokens or BATCH_TOKENS[model.device.type]
+def _adopt(args: argparse.Namespace, saved: dict[str, Any]) -> None:
+    """Let a run that goes on keep what depends on the machine: its tokens a step and its part of the data."""
+    args.batch_tokens = args.batch_tokens or saved.get("batch_tokens")
+    args.max_tokens = args.max_tokens or saved.get("tokens")
+
+
+def _plan(args: argparse.Namespace, train: TextSet, model: TrainingModel, processes: Processes) -> TrainingPlan:
+    batch = args.batch_tokens or BATCH_TOKENS[model.device.type] * processes.count
     epochs = EPOCHS[args.recipe] if args.epochs is None else args.epochs
     steps = math.ceil(epochs * train.num_tokens / batch)
     plan = TrainingPlan(
@@ -220,12 +261,15 @@ def _plan(args: argparse.Namespace, train: TextSet, model: TrainingModel) -> Tra
     return JointPlan(**vars(plan), lambda0=args.lambda0, heads_first=alone, ramp=args.ramp)
 
 
-def _limited(args: argparse.Namespace, train: TextSet, model: TrainingModel, report: Report) -> TextSet:
-    """Return as much of the text as was asked for, or as what is kept of it leaves room for."""
+def _limited(
+    args: argparse.Namespace, train: TextSet, model: TrainingModel, processes: Processes, report: Report
+) -> TextSet:
+    """Return as much of the text as was asked for, or as what all processes keep of it leaves room for."""
     kept = 0 if args.recipe == "medusa2" else model.backbone.config.hidden_size  # hidden states, in 16 bits
     row_bytes = 2 * kept + 9
     room = int(torch.cuda.mem_get_info()[0] * 0.6) if model.device.type == "cuda" else 4 * 2**30
-    limit = args.max_tokens or room // row_bytes
+    shares = processes.count if kept else 1  # states are shared out, text is not
+    limit = args.max_tokens or processes.smallest(room) * shares // row_bytes
     if train.num_tokens <= limit:
         return train
     fitting = int((train.lengths.cumsum(0) <= limit).sum())

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from engine.training.dataset import TextSet, count_runs
+from engine.training.processes import ALONE, Processes
 
 __all__ = ["DocumentBatches", "PaddedBatch"]
 
@@ -27,10 +28,15 @@ class PaddedBatch:
 
 
 class DocumentBatches:
-    """Batches of at most `batch_tokens` padded tokens (at least one document each), `num_batches` an epoch."""
+    """Batches of at most `batch_tokens` padded tokens (at least one document each), `num_batches` an epoch.
 
-    def __init__(self, text: TextSet, batch_tokens: int, device: torch.device, seed: int = 0) -> None:
-        self.seed, self.device = seed, device
+    Of several processes each gets every count-th document of a batch, so no two get the same one.
+    """
+
+    def __init__(
+        self, text: TextSet, batch_tokens: int, device: torch.device, seed: int = 0, processes: Processes = ALONE
+    ) -> None:
+        self.seed, self.device, self.processes = seed, device, processes
         self.num_tokens = text.num_tokens
         self._lengths = text.lengths
         self._starts = (text.lengths.cumsum(0) - text.lengths).to(device)
@@ -45,12 +51,13 @@ class DocumentBatches:
         return len(self._cuts)
 
     def batch(self, epoch: int, place: int) -> PaddedBatch:
-        """Return one batch of an epoch."""
+        """Return this process's part of one batch of an epoch; it may hold no document."""
         if epoch != self._epoch:
             self._shuffle(epoch)
         start, stop = self._cuts[int(self._batch_order[place])]
-        chosen = self._order[start:stop]
-        columns = torch.arange(int(self._lengths[chosen].max()), device=self.device)
+        chosen = self._order[start:stop][self.processes.index :: self.processes.count]
+        longest = int(self._lengths[chosen].max()) if chosen.numel() else 0
+        columns = torch.arange(longest, device=self.device)
         documents = chosen.to(self.device)
         is_text = columns < self._device_lengths[documents].unsqueeze(1)
         index = (self._starts[documents].unsqueeze(1) + columns).clamp(max=self.num_tokens - 1)

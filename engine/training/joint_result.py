@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights
+from engine.backbone import Backbone, BackboneWeights, LayerWeights
 from engine.block_weights import DenseWeight
 from engine.errors import InvalidParameterError
 from engine.heads import MedusaHeads
@@ -27,6 +27,8 @@ from engine.training.joint_quality import compare
 from engine.training.lora import LoraAdapters, LoraLinear
 from engine.training.medusa1 import Vocabulary
 from engine.training.medusa2 import JointPlan, JointTrainer
+from engine.training.processes import ALONE, Processes
+from engine.training.quantized import plain_matrix
 from engine.training.ranks import measure_ranks
 
 __all__ = ["HEADS_FILE", "adapter_tensors", "merged_model", "merged_weights", "save_model", "train_jointly"]
@@ -36,14 +38,17 @@ HEADS_FILE = "heads.safetensors"  # where a model folder keeps its heads
 
 @torch.no_grad()
 def merged_weights(model: TrainingModel) -> BackboneWeights:
-    """Return the weights of an adapted model with every adapter's change added, float32."""
+    """Return the weights of an adapted model with every adapter's change added, float32.
+
+    A quantised linear gives what its codes stand for: that is what the adapters were trained on.
+    """
     backbone = model.backbone
     assert isinstance(backbone.lm_head, LoraLinear), "the model has no adapters"
     return BackboneWeights(
         embedding=DenseWeight(backbone.embed.weight.float()),
-        layers=[_layer(layer, backbone.config) for layer in backbone.layers],  # of DecoderLayer, adapted
+        layers=[_layer(layer, backbone) for layer in backbone.layers],  # of DecoderLayer, adapted
         norm=backbone.norm.weight.float(),
-        lm_head=DenseWeight(_merged(backbone.lm_head)),
+        lm_head=DenseWeight(_merged(backbone.lm_head, backbone)),
     )
 
 
@@ -58,14 +63,21 @@ def train_jointly(
     out: Path,
     storage: str,
     report: Callable[[str], None],
+    processes: Processes = ALONE,
 ) -> str:
-    """Train model and heads, then write the folder `out`; return the line that says what came of it."""
+    """Train model and heads, then write the folder `out`; return the line that says what came of it.
+
+    Of several processes the first writes; for the others the line is empty.
+    """
     if held.num_documents < 2:
         raise InvalidParameterError(
             f"{held.num_documents} held-back conversations are too few to calibrate on; distill at least 20."
         )
-    trainer = JointTrainer(model, heads, vocabulary, train, plan, checkpoint)
+    trainer = JointTrainer(model, heads, vocabulary, train, plan, checkpoint, processes)
     trainer.run_reported(report)
+    processes.close()
+    if not processes.is_first:
+        return ""
     tuned = merged_model(model)
     report("adapters merged; measuring on the held-back conversations")
     cache = build_cache(tuned, held)
@@ -87,7 +99,7 @@ def merged_model(model: TrainingModel) -> TrainingModel:
     """Return a plain copy of an adapted model, in the same type and on the same device."""
     dtype = model.backbone.cos.dtype
     backbone = dense_backbone(model.backbone.config, merged_weights(model), model.device, dtype)
-    return replace(model, backbone=backbone)
+    return replace(model, backbone=backbone, quantize="none")
 
 
 def save_model(
@@ -114,22 +126,24 @@ def _tokenizer_pieces(source: Path, folder: Path) -> TokenizerPieces:
     return pieces_from_gguf(GGUFModel(source).tokenizer_fields(), folder)
 
 
-def _merged(linear: LoraLinear) -> Tensor:
-    return linear.base.weight.float() + linear.adapter.delta()
+def _merged(linear: LoraLinear, backbone: Backbone) -> Tensor:
+    columns, like = linear.adapter.down.shape[1], backbone.cos
+    return plain_matrix(linear.base, columns, like.device, like.dtype) + linear.adapter.delta()
 
 
-def _layer(layer: Any, config: BackboneConfig) -> LayerWeights:
+def _layer(layer: Any, backbone: Backbone) -> LayerWeights:
+    config = backbone.config
     queries, keys = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    query, key, value = map(DenseWeight, _merged(layer.qkv).split((queries, keys, keys)))
-    gate, up = map(DenseWeight, _merged(layer.gate_up).chunk(2))
+    query, key, value = map(DenseWeight, _merged(layer.qkv, backbone).split((queries, keys, keys)))
+    gate, up = map(DenseWeight, _merged(layer.gate_up, backbone).chunk(2))
     return LayerWeights(
         query=query,
         key=key,
         value=value,
-        attention_output=DenseWeight(_merged(layer.attention_output)),
+        attention_output=DenseWeight(_merged(layer.attention_output, backbone)),
         gate=gate,
         up=up,
-        down=DenseWeight(_merged(layer.down)),
+        down=DenseWeight(_merged(layer.down, backbone)),
         attention_norm=layer.attention_norm.weight.float(),
         mlp_norm=layer.mlp_norm.weight.float(),
     )

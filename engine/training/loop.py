@@ -1,12 +1,13 @@
 """The loop that all training here shares: schedule, checkpoint, live line. What a step does is not known here.
 
 The schedule follows the larger of steps done and time used, so a run that hits its time limit has still cooled down.
+Of several processes, each learns from its part of a step, gradients are summed, and the first one's clock counts.
 """
 
 import math
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.training.checkpoint import load_checkpoint, save_checkpoint
+from engine.training.processes import ALONE, Processes
 
 __all__ = ["TrainingLoop", "TrainingPlan"]
 
@@ -22,7 +24,11 @@ FINAL_RATE = 0.02  # of the plan's learning rate
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long and how fast to learn; `seconds` bounds the time of all starts of a run together."""
+    """How long and how fast to learn.
+
+    `seconds` bounds the time of all starts of a run together; `batch_tokens` are a step's over all processes; a line is
+    reported every `report_seconds`, and every `report_steps` where that is not 0.
+    """
 
     epochs: float = 3.0
     seconds: float = float("inf")
@@ -34,6 +40,7 @@ class TrainingPlan:
     clip_norm: float = 1.0
     checkpoint_seconds: float = 60.0
     report_seconds: float = 5.0
+    report_steps: int = 0
     seed: int = 0
 
 
@@ -50,8 +57,9 @@ class TrainingLoop(ABC):
         plan: TrainingPlan,
         steps_per_epoch: int,
         checkpoint: Path | None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.module, self.plan, self.checkpoint = module, plan, checkpoint
+        self.module, self.plan, self.checkpoint, self.processes = module, plan, checkpoint, processes
         self.rates = [rate for _, rate in groups]
         self.device = groups[0][0][0].device
         self.optimizer = torch.optim.AdamW(
@@ -67,21 +75,23 @@ class TrainingLoop(ABC):
 
     def resume(self, settings: dict[str, object]) -> None:
         """Take up the checkpoint where there is one; `settings` beyond the plan's must be the same as then."""
-        timing = ("seconds", "checkpoint_seconds", "report_seconds")
+        timing = ("seconds", "checkpoint_seconds", "report_seconds", "report_steps")
         plan = {name: value for name, value in asdict(self.plan).items() if name not in timing}
         self._settings = {**plan, **settings}
         if self.checkpoint is not None and self.checkpoint.is_file():
             self.step, self.elapsed = load_checkpoint(self.checkpoint, self.module, self.optimizer, self._settings)
+        self.processes.copy_first(self.module)
 
     def run(self, report: Callable[[str], None]) -> dict[str, float]:
         """Train to the end of the plan; return the last report's figures."""
         start = time.monotonic() - self.elapsed
         saved, reported, figures, has_news = time.monotonic(), time.monotonic(), {}, False
         while True:
-            self.elapsed = time.monotonic() - start
+            now = time.monotonic()
+            self.elapsed, silent = self.processes.from_first(now - start, now - reported)
             share = self.share
-            if (share >= 1 and has_news) or time.monotonic() - reported > self.plan.report_seconds:
-                figures = self.report(share, time.monotonic() - reported, report)
+            if has_news and (share >= 1 or self._is_report_due(silent)):
+                figures = self.report(share, silent, self.processes.spoken(report))
                 reported, has_news = time.monotonic(), False
             if share >= 1:
                 break
@@ -113,13 +123,22 @@ class TrainingLoop(ABC):
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
         """Tell the figures of the last `seconds` in one line and begin new sums; return the figures."""
 
-    def apply_gradients(self, loss: Tensor) -> None:
-        """Take one optimiser step; each group's gradients are clipped on their own."""
+    def apply_gradients(self, loss: Tensor | None, learning: Iterable[nn.Parameter]) -> None:
+        """Take one optimiser step for `learning`; each group's gradients are clipped on their own.
+
+        `loss` is this process's part of the step's loss, None where it has none.
+        """
         self.optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if loss is not None:
+            loss.backward()
+        self.processes.add_up_gradients(learning)
         for group in self.optimizer.param_groups:
             nn.utils.clip_grad_norm_(group["params"], self.plan.clip_norm)
         self.optimizer.step()
+
+    def _is_report_due(self, silent: float) -> bool:
+        every = self.plan.report_steps
+        return silent > self.plan.report_seconds or (every > 0 and self.step % every == 0)
 
     def _set_rate(self, share: float) -> None:
         warm = min(1.0, (self.step + 1) / self.plan.warmup_steps)
@@ -128,5 +147,5 @@ class TrainingLoop(ABC):
             group["lr"] = self.plan.learning_rate * rate * warm * cooled
 
     def _save(self) -> None:
-        if self.checkpoint is not None:
+        if self.checkpoint is not None and self.processes.is_first:
             save_checkpoint(self.checkpoint, self.module, self.optimizer, self.step, self.elapsed, self._settings)

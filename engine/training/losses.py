@@ -57,7 +57,8 @@ class HeadLoss(torch.autograd.Function):
         matrix = output.to(features.dtype)
         grad_features = torch.empty_like(features)
         grad_output = torch.zeros_like(output, dtype=torch.float32) if ctx.needs_input_grad[1] else None
-        losses, ranks = [], []
+        # No rows at all is a sum of nothing, not an error.
+        losses, ranks = [torch.zeros((), device=features.device)], [gold[:0]]
         for start in range(0, features.shape[0], chunk):
             part = slice(start, start + chunk)
             scores = features[part] @ matrix.T

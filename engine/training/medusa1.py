@@ -2,10 +2,10 @@
 
 The states are read from a cache, so an epoch costs the heads alone and several variants can share it. A batch is a set
 of windows of the flat text; in each, the positions whose next two tokens are labels of one answer are trained on.
+A loss is divided by the labels of the whole step, so parts of a step that several processes take sum up to it.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +16,19 @@ from engine.training.dataset import HiddenCache
 from engine.training.dense import TrainingModel
 from engine.training.loop import TrainingLoop, TrainingPlan
 from engine.training.losses import IGNORED, head_loss
+from engine.training.processes import ALONE, Processes
+from engine.training.windows import HeadBatch, Lanes, WindowBatches
 
-__all__ = ["HeadBatch", "HeadSums", "HeadTrainer", "TrainingPlan", "Vocabulary", "build_heads", "heads_loss"]
+__all__ = [
+    "HeadBatch",
+    "HeadSums",
+    "HeadTrainer",
+    "TrainingPlan",
+    "Vocabulary",
+    "build_heads",
+    "count_labels",
+    "heads_loss",
+]
 
 DEPTH_WEIGHT = 0.8  # head i counts 0.8^i (MEDUSA, section 2.2)
 
@@ -63,22 +74,18 @@ def build_heads(config: HeadsConfig, vocabulary: Vocabulary, seed: int = 0) -> M
     return heads
 
 
-@dataclass(frozen=True)
-class HeadBatch:
-    """Text one behind the other: hidden [n, hidden], tokens [n]; `rows` to learn at and their runs of labels."""
-
-    hidden: Tensor
-    tokens: Tensor
-    rows: Tensor
-    run: Tensor
-
-
 class HeadSums:
     """Sums since the last report, by head, on the device."""
 
     def __init__(self, num_heads: int, device: torch.device) -> None:
-        self.loss, self.top1, self.top5, self.count = torch.zeros(4, num_heads, device=device)
+        self._sums = torch.zeros(4, num_heads, dtype=torch.float64, device=device)
+        self.loss, self.top1, self.top5, self.count = self._sums
         self.tokens = 0
+
+    def add_up(self, processes: Processes) -> None:
+        """Sum over all processes."""
+        processes.add_up(self._sums)
+        self.tokens = int(processes.add_up(torch.tensor(self.tokens, device=self._sums.device)))
 
     def add(self, head: int, loss: Tensor, rank: Tensor, weight: Tensor) -> None:
         """Count one head's rows: their summed loss, their ranks, and the weight of each."""
@@ -93,9 +100,17 @@ class HeadSums:
         return {"loss": float(loss.mean()), "tokens_per_second": self.tokens / max(seconds, 1e-9)}
 
     def by_head(self) -> str:
-        """Return top-1/top-5 accuracy of each head."""
-        top1, top5 = ((part / self.count.clamp(min=1)).tolist() for part in (self.top1, self.top5))
-        return " ".join(f"{one:.3f}/{five:.3f}" for one, five in zip(top1, top5, strict=True))
+        """Return the loss and the top-1/top-5 accuracy of each head, as the end of a line."""
+        parts = (self.loss, self.top1, self.top5)
+        loss, top1, top5 = ((part / self.count.clamp(min=1)).tolist() for part in parts)
+        ranks = " ".join(f"{one:.3f}/{five:.3f}" for one, five in zip(top1, top5, strict=True))
+        return f"by head {' '.join(f'{value:.3f}' for value in loss)}, top-1/top-5 by head {ranks}"
+
+
+def count_labels(run: Tensor, shortest: int, longest: int) -> Tensor:
+    """Return how many positions have a run of at least `shortest` .. `longest` labels, float32 [that many]."""
+    lengths = torch.arange(shortest, longest + 1, device=run.device)
+    return (run.unsqueeze(1) >= lengths).sum(0).float()
 
 
 def heads_loss(
@@ -105,86 +120,74 @@ def heads_loss(
     teacher: Tensor,
     sums: HeadSums,
     shared: Tensor | None = None,
+    counts: Tensor | None = None,
 ) -> Tensor:
     """Return the sum over heads of 0.8^i times the mean loss of head i.
 
     teacher [n, draft vocab]: each position's own next-token scores. `shared` [draft vocab, hidden] stands in for the
-    vocabulary's rows where `lm_head` learns too. Differentiable in the heads, `batch.hidden` and `shared`.
+    vocabulary's rows where `lm_head` learns too. `counts` [heads] are the labels that the means are taken over, of the
+    whole step where this batch is a part of it. Differentiable in the heads, `batch.hidden` and `shared`.
     """
     hidden, last = batch.hidden[batch.rows], batch.tokens.numel() - 1
     total = torch.zeros((), device=hidden.device)
+    if counts is None:
+        counts = count_labels(batch.run, 2, heads.config.num_heads + 1)
     for head in range(heads.config.num_heads):
         seen = vocabulary.seen_by(heads, head, batch.tokens, batch.rows)
-        with torch.autocast(hidden.device.type, torch.bfloat16):
+        with torch.autocast(hidden.device.type, torch.bfloat16, enabled=hidden.dtype == torch.bfloat16):
             features = heads.features(head, hidden, seen).to(hidden.dtype)
         gold = vocabulary.place[batch.tokens[(batch.rows + head + 2).clamp(max=last)]]
         weight = (batch.run >= head + 2).float()
         output = vocabulary.output_of(heads, head, shared)
         teacher_rows = (batch.rows + head + 1).clamp(max=last)
         loss, rank = head_loss(features, output, teacher, teacher_rows, gold, weight)
-        total = total + DEPTH_WEIGHT**head * loss / weight.sum().clamp(min=1)
+        total = total + DEPTH_WEIGHT**head * loss / counts[head].clamp(min=1)
         sums.add(head, loss, rank, weight)
     return total
 
 
 class HeadTrainer(TrainingLoop):
-    """One variant's training. Goes on from `checkpoint` where that exists."""
+    """One variant's training, on a cache or on a process's lanes. Goes on from `checkpoint` where that exists."""
 
     def __init__(
         self,
         heads: MedusaHeads,
         vocabulary: Vocabulary,
-        cache: HiddenCache,
+        text: HiddenCache | Lanes,
         plan: TrainingPlan,
         checkpoint: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
-        self.heads, self.vocabulary, self.cache = heads, vocabulary, cache
-        self.halo = heads.config.num_heads + 1
-        self.windows_per_step = max(1, plan.batch_tokens // plan.window)
-        self.num_windows = max(1, cache.num_tokens // plan.window)
+        lanes = Lanes.of(text) if isinstance(text, HiddenCache) else text
+        self.heads, self.vocabulary, self.cache = heads, vocabulary, lanes.cache
+        windows_per_step = max(1, plan.batch_tokens // plan.window)
+        halo = heads.config.num_heads + 1
+        self.batches = WindowBatches(lanes, plan.window, windows_per_step, halo, plan.seed)
         groups = [(list(heads.parameters()), 1.0)]
-        super().__init__(heads, groups, plan, self.num_windows // self.windows_per_step, checkpoint)
-        self._order: tuple[int, Tensor] = (-1, torch.empty(0))
+        super().__init__(heads, groups, plan, self.batches.num_steps, checkpoint, processes)
         self._sums = HeadSums(heads.config.num_heads, self.device)
-        self.resume({**heads.config.to_dict(), "tokens": cache.num_tokens})
+        self.resume({**heads.config.to_dict(), "tokens": lanes.num_tokens, "quantize": lanes.quantize})
 
     def train_step(self, share: float) -> bool:
-        batch = self._batch()
-        if batch is None:  # nothing to learn from in these windows
+        batch = self.batches.batch(self.step)
+        run = self.cache.run[:0] if batch is None else batch.run
+        counts = self.processes.add_up(count_labels(run, 2, self.heads.config.num_heads + 1))
+        if not bool(counts[0]):  # nothing to learn from in these windows
             return False
-        teacher = batch.hidden @ self.vocabulary.rows.T
-        self.apply_gradients(heads_loss(self.heads, self.vocabulary, batch, teacher, self._sums))
-        self._sums.tokens += batch.tokens.numel()
+        self.apply_gradients(None if batch is None else self._loss(batch, counts), self.heads.parameters())
         return True
+
+    def _loss(self, batch: HeadBatch, counts: Tensor) -> Tensor:
+        teacher = batch.hidden @ self.vocabulary.rows.T
+        self._sums.tokens += batch.tokens.numel()
+        return heads_loss(self.heads, self.vocabulary, batch, teacher, self._sums, counts=counts)
 
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
         sums, self._sums = self._sums, HeadSums(self.heads.config.num_heads, self.device)
+        sums.add_up(self.processes)
         figures = sums.figures(seconds)
         report(
             f"step {self.step} of {self.total_steps} ({min(share, 1):.0%}), loss {figures['loss']:.4f}, "
-            f"top-1/top-5 by head {sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
+            f"{sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
         )
         return {**figures, "epochs": self.step / self.steps_per_epoch}
-
-    def _batch(self) -> HeadBatch | None:
-        cache, last = self.cache, self.cache.num_tokens - 1
-        columns = torch.arange(self.plan.window + self.halo, device=self.device)
-        starts = self._window_starts()
-        index = (starts.unsqueeze(1) + columns).flatten()
-        # A window's halo is read, not learnt at; nothing is learnt past the end of the text.
-        may_learn = (columns < self.plan.window).repeat(starts.numel()) & (index < last)
-        run = cache.run[(index + 1).clamp(max=last)].masked_fill(~may_learn, 0)
-        rows = (run >= 2).nonzero().flatten()
-        if rows.numel() == 0:
-            return None
-        index = index.clamp(max=last)
-        return HeadBatch(cache.hidden[index], cache.tokens[index], rows, run[rows])
-
-    def _window_starts(self) -> Tensor:
-        epoch, place = divmod(self.step, self.steps_per_epoch)
-        if self._order[0] != epoch:
-            generator = torch.Generator().manual_seed(self.plan.seed * 1000 + epoch)
-            shift = int(torch.randint(self.plan.window, (1,), generator=generator)) if self.num_windows > 1 else 0
-            starts = torch.randperm(self.num_windows, generator=generator) * self.plan.window + shift
-            self._order = (epoch, starts.to(self.device))
-        return self._order[1][place * self.windows_per_step : (place + 1) * self.windows_per_step]

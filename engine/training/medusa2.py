@@ -21,7 +21,8 @@ from engine.training.joint_batches import DocumentBatches, PaddedBatch
 from engine.training.joint_loss import divergence
 from engine.training.loop import TrainingLoop, TrainingPlan
 from engine.training.lora import LoraAdapters
-from engine.training.medusa1 import HeadBatch, HeadSums, Vocabulary, heads_loss
+from engine.training.medusa1 import HeadBatch, HeadSums, Vocabulary, count_labels, heads_loss
+from engine.training.processes import ALONE, Processes
 
 __all__ = ["JointPlan", "JointTrainer"]
 
@@ -69,44 +70,52 @@ class JointTrainer(TrainingLoop):
         text: TextSet,
         plan: JointPlan,
         checkpoint: Path | None = None,
+        processes: Processes = ALONE,
     ) -> None:
         self.model, self.heads, self.vocabulary = model, heads.requires_grad_(True), vocabulary
         self.teacher_output = model.lm_head_weight
         self.adapters = LoraAdapters(model.backbone, seed=plan.seed)
-        self.batches = DocumentBatches(text, plan.batch_tokens, model.device, plan.seed)
+        self.batches = DocumentBatches(text, plan.batch_tokens, model.device, plan.seed, processes)
         module = nn.ModuleDict({"heads": heads, "adapters": self.adapters})
         groups = [(list(self.adapters.parameters()), 1.0), (list(heads.parameters()), HEAD_RATE)]
-        super().__init__(module, groups, plan, self.batches.num_batches, checkpoint)
+        super().__init__(module, groups, plan, self.batches.num_batches, checkpoint, processes)
         self._begin_sums()
         rank = {"rank": self.adapters.rank, "alpha": self.adapters.alpha}
-        self.resume({**heads.config.to_dict(), **rank, "tokens": text.num_tokens})
+        self.resume({**heads.config.to_dict(), **rank, "tokens": text.num_tokens, "quantize": model.quantize})
 
     def train_step(self, share: float) -> bool:
         batch = self.batches.batch(*divmod(self.step, self.batches.num_batches))
-        if not bool((batch.run >= 1).any()):  # nothing to learn from
+        counts = count_labels(batch.run, 1, self.heads.config.num_heads + 1)
+        has_labels = bool(counts[0])
+        counts = self.processes.add_up(counts)
+        if not bool(counts[0]):  # nothing to learn from
             return False
+        learning = self.heads if share < self.plan.heads_first else self.module
+        self.apply_gradients(self._loss(batch, share, counts) if has_labels else None, learning.parameters())
+        return True
+
+    def _loss(self, batch: PaddedBatch, share: float, counts: Tensor) -> Tensor:
+        """counts: the positions of the whole step with runs of 1, 2, ... labels."""
+        self._sums.tokens += batch.run.numel()
         with torch.no_grad(), self.adapters.switched_off():
             teacher = self._hidden(batch)
         if share < self.plan.heads_first:
-            loss = self._heads_loss(batch, teacher, None)
-        else:
-            hidden, output = self._hidden(batch), self.output()
-            loss = self._backbone_loss(batch, hidden, output, teacher)
-            loss = loss + self.plan.lambda_at(share) * self._heads_loss(batch, hidden, output)
-        self.apply_gradients(loss)
-        self._sums.tokens += batch.run.numel()
-        return True
+            return self._heads_loss(batch, teacher, None, counts[1:])
+        hidden, output = self._hidden(batch), self.output()
+        loss = self._backbone_loss(batch, hidden, output, teacher) / counts[0]
+        return loss + self.plan.lambda_at(share) * self._heads_loss(batch, hidden, output, counts[1:])
 
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
-        count = self._count.clamp(min=1)
-        moved = {"kl": float(self._kl / count), "same_best": float(self._same / count)}
+        kl, same, count = self.processes.add_up(torch.stack([self._kl, self._same, self._count])).tolist()
+        moved = {"kl": kl / max(1, count), "same_best": same / max(1, count)}
         sums = self._sums
+        sums.add_up(self.processes)
         figures = sums.figures(seconds)
         self._begin_sums()
         report(
             f"step {self.step} of {self.total_steps} ({min(share, 1):.0%}), heads' loss {figures['loss']:.4f}, "
             f"KL {moved['kl']:.5f}, same best token {moved['same_best']:.2%}, lambda {self._lambda(share):.3f}, "
-            f"top-1/top-5 by head {sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
+            f"heads' loss {sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
         )
         return {**figures, **moved, "epochs": self.step / self.steps_per_epoch}
 
@@ -120,21 +129,23 @@ class JointTrainer(TrainingLoop):
         return self.model.backbone(batch.tokens, positions, attend_causal)[batch.is_text]
 
     def _backbone_loss(self, batch: PaddedBatch, hidden: Tensor, output: Tensor, teacher: Tensor) -> Tensor:
+        """Return the summed divergence."""
         rows = (batch.run >= 1).nonzero().flatten()
         total, same = divergence(hidden[rows], output, teacher[rows], self.teacher_output)
         self._kl += total.detach()
         self._same += same
         self._count += rows.numel()
-        return total / rows.numel()
+        return total
 
-    def _heads_loss(self, batch: PaddedBatch, hidden: Tensor, output: Tensor | None) -> Tensor:
+    def _heads_loss(
+        self, batch: PaddedBatch, hidden: Tensor, output: Tensor | None, counts: Tensor | None = None
+    ) -> Tensor:
         """Let the heads learn the text and what the backbone, as it is now, would say; `output` None: unadapted."""
         rows = (batch.run >= 2).nonzero().flatten()
         learnt = HeadBatch(hidden, batch.tokens[batch.is_text], rows, batch.run[rows])
         shared = self.vocabulary.rows if output is None else self._drafted(output)
-        return heads_loss(
-            self.heads, self.vocabulary, learnt, hidden.detach() @ shared.detach().T, self._sums, shared=shared
-        )
+        teacher = hidden.detach() @ shared.detach().T
+        return heads_loss(self.heads, self.vocabulary, learnt, teacher, self._sums, shared, counts)
 
     def _drafted(self, output: Tensor) -> Tensor:
         return output if self.vocabulary.token_map is None else output[self.vocabulary.token_map]
