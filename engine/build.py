@@ -3,7 +3,9 @@
 Every choice between formats and every fallback is made here, with its reason, before the first token.
 """
 
+import ctypes
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -42,6 +44,7 @@ __all__ = [
     "build_torch_runner",
     "choose_device",
     "pack_int4",
+    "return_freed_memory",
     "use_all_cores",
 ]
 
@@ -64,6 +67,14 @@ def use_all_cores() -> None:
     """Give torch the cores this process may run on."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     torch.set_num_threads(min(cores, _MAX_THREADS))
+
+
+def return_freed_memory() -> None:
+    """Give the system back what reading and repacking a model left over; glibc alone would keep it."""
+    if sys.platform == "linux":
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(0)
 
 
 class Built(NamedTuple):

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from engine.answer import AnswerRecord
-from engine.build import Built, build_drafter, build_runner, choose_device, use_all_cores
+from engine.build import Built, build_drafter, build_runner, choose_device, return_freed_memory, use_all_cores
 from engine.captured_decode import CapturedLoop, make_loop
 from engine.draft import Drafter
 from engine.errors import ContextLengthError, EngineError
@@ -91,6 +91,8 @@ class Engine:
             notes=(*built.notes, *loaded.notes),
         )
         engine.tune(loaded.identity, say)
+        del source, built, loaded
+        return_freed_memory()
         return engine
 
     @property
@@ -107,6 +109,12 @@ class Engine:
             notes=self._notes,
             tuning=self._tuner.report() if self._tuner else None,
         )
+
+    def memory_table(self) -> dict[str, int]:
+        """Return the bytes of each part that the engine holds on its device."""
+        table = getattr(self._runner, "memory_table", None)
+        parts = table() if table else {"weights and cache": self._runner.memory_bytes()}
+        return {**parts, "heads": self._drafter.memory_bytes() if self._drafter else 0}
 
     def tune(self, heads: str, say: Callable[[str], None]) -> None:
         """Choose the size of tree: from what is kept for this machine, model and `heads` (any name of theirs), or
