@@ -38,20 +38,28 @@ def typical_threshold(probabilities: Tensor, epsilon: float, delta: float) -> Te
 
 
 def accept_typical(
-    tree: CandidateTree, node_tokens: Sequence[int], probabilities: Tensor, epsilon: float, delta: float
+    tree: CandidateTree,
+    node_tokens: Sequence[int],
+    probabilities: Callable[[int], Tensor],
+    epsilon: float,
+    delta: float,
 ) -> list[int]:
     """Return the longest path whose every drafted token is typical of the backbone; of equals the likelier one.
 
-    probabilities [nodes, vocab]: the tempered distribution after each node. A token x under parent p is typical if
-    P(x | p) > min(epsilon, delta * exp(-H(p))), strictly. The root is text already.
+    `probabilities(node)` is the tempered distribution [vocab] after a node; it is asked for nodes with children on
+    typical paths only. A token x under parent p is typical if P(x | p) > min(epsilon, delta * exp(-H(p))), strictly.
+    The root is text already. Of paths alike in both respects the first in node order is taken.
     """
-    thresholds = typical_threshold(probabilities, epsilon, delta).tolist()
     likelihood: dict[int, float] = {0: 0.0}
-    for node in range(1, tree.num_nodes):
-        parent = tree.parents[node]
-        chance = float(probabilities[parent, node_tokens[node]])
-        if parent in likelihood and chance > thresholds[parent]:
-            likelihood[node] = likelihood[parent] + math.log(chance)
+    for node in range(tree.num_nodes):
+        if node not in likelihood or not tree.children[node]:
+            continue
+        row = probabilities(node)
+        threshold = float(typical_threshold(row, epsilon, delta))
+        for child in tree.children[node]:
+            chance = float(row[node_tokens[child]])
+            if chance > threshold:
+                likelihood[child] = likelihood[node] + math.log(chance)
     depths = tree.depth.tolist()
-    best = max(likelihood, key=lambda node: (depths[node], likelihood[node]))
+    best = max(sorted(likelihood), key=lambda node: (depths[node], likelihood[node]))
     return tree.path_to(best)

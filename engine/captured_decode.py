@@ -27,7 +27,7 @@ def make_loop(
 ) -> "DecodeLoop | CapturedLoop":
     """Choose the loop for one answer: captured steps where the runner has them and the settings allow it."""
     is_captured = isinstance(runner, CudaRunner) and (drafter is None or isinstance(drafter, CudaDrafter))
-    if is_captured and params.temperature == 0:
+    if is_captured and params.is_argmax:
         return CapturedLoop(runner, drafter)
     return DecodeLoop(runner, drafter, params, seed)
 
@@ -38,8 +38,8 @@ class CapturedLoop:
     def __init__(self, runner: CudaRunner, drafter: CudaDrafter | None) -> None:
         self._runner, self._drafter = runner, drafter
 
-    def prefill(self, tokens: Sequence[int]) -> int:
-        """Run the prompt's new tokens and return the answer's first token."""
+    def prefill(self, tokens: Sequence[int], cached: Sequence[int] = ()) -> int:
+        """Run the prompt's new tokens, after those that are cached, and return the answer's first token."""
         root = int(self._runner.greedy(self._runner.prefill(tokens).unsqueeze(0)))
         self._runner.set_root(root)
         return root

@@ -8,13 +8,14 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, tensor
 
 from engine.accept import accept_exact, accept_typical
 from engine.draft import Draft, Drafter
 from engine.records import DecodeStep
 from engine.runner import Runner
-from engine.sampler import sample, target_probabilities
+from engine.sampler import Sampler
 from engine.sampling import SamplingParams
 from engine.tree import CandidateTree
 
@@ -38,13 +39,19 @@ class DecodeLoop:
         self._drafter = drafter
         self._params = params
         self._seed = seed
+        self._sampler = None if params.is_argmax else Sampler(runner.config.vocab_size, runner.device)
         self._hidden: Tensor  # behind the root: where the heads read
         self._root: int
 
-    def prefill(self, tokens: Sequence[int]) -> int:
-        """Run the prompt's new tokens and return the answer's first token."""
+    def prefill(self, tokens: Sequence[int], cached: Sequence[int] = ()) -> int:
+        """Run the prompt's new tokens, after those that are cached, and return the answer's first token."""
+        if self._sampler:
+            self._sampler.start(self._params, self._seed, [*cached, *tokens])
         self._hidden = self._runner.prefill(tokens)
-        self._root = self._next(self._hidden, depth=-1)
+        if self._sampler:
+            self._root = int(self._sampler.choose(*self._row(self._hidden, [])))
+        else:
+            self._root = int(self._runner.greedy(self._hidden.unsqueeze(0)))
         return self._root
 
     def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
@@ -55,7 +62,7 @@ class DecodeLoop:
             draft = self._draft(fitting)
             hidden = self._runner.verify(tensor(draft.tokens), fitting)
             path, bonus = self._accept(fitting, draft, hidden)
-            self._commit(path, bonus, hidden)
+            self._commit(path, bonus, hidden, draft.tokens)
             yield DecodeStep(
                 tokens=(*(draft.tokens[node] for node in path[1:]), bonus),
                 num_accepted=len(path) - 1,
@@ -72,36 +79,40 @@ class DecodeLoop:
         return self._drafter.draft(self._hidden, self._root, tree)
 
     def _accept(self, tree: CandidateTree, draft: Draft, hidden: Tensor) -> Verified:
-        if self._params.acceptance == "typical" and self._params.temperature > 0:
-            return self._accept_typical(tree, draft, hidden)
-        if self._params.temperature == 0:  # all nodes at once: lm_head is read once
+        sampler, params = self._sampler, self._params
+        if sampler is None:  # all nodes at once: lm_head is read once
             return Verified(*accept_exact(tree, draft.tokens, self._runner.greedy(hidden).tolist().__getitem__))
-        depths = tree.depth.tolist()
 
-        def target(node: int) -> int:  # a draw costs more than lm_head: only nodes on the path pay for it
-            return self._next(hidden[node], depths[node])
+        # A draw costs more than lm_head, so only nodes on the way pay for it, one row at a time.
+        def row(node: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+            return self._row(hidden[node], [draft.tokens[above] for above in tree.path_to(node)])
 
-        return Verified(*accept_exact(tree, draft.tokens, target))
+        def target(node: int) -> int:
+            return int(sampler.choose(*row(node)))
 
-    def _accept_typical(self, tree: CandidateTree, draft: Draft, hidden: Tensor) -> Verified:
-        logits = self._runner.logits(hidden)
-        probabilities = target_probabilities(logits, self._params)
-        path = accept_typical(tree, draft.tokens, probabilities, self._params.epsilon, self._params.delta)
-        return Verified(path, self._sample(logits[path[-1]], depth=len(path) - 1))
+        def probabilities(node: int) -> Tensor:
+            logits, _, tokens, is_above = row(node)
+            return sampler.probabilities(logits, tokens, is_above)[0]
 
-    def _commit(self, path: list[int], bonus: int, hidden: Tensor) -> None:
+        if not params.is_typical:
+            return Verified(*accept_exact(tree, draft.tokens, target))
+        path = accept_typical(tree, draft.tokens, probabilities, params.epsilon, params.delta)
+        return Verified(path, target(path[-1]))
+
+    def _commit(self, path: list[int], bonus: int, hidden: Tensor, tokens: Sequence[int]) -> None:
+        if self._sampler:
+            said = tensor([tokens[node] for node in path]).to(self._runner.device)
+            self._sampler.history.add(said, torch.ones_like(said, dtype=torch.bool))
         self._runner.commit(path)
         self._hidden, self._root = hidden[path[-1]], bonus
 
-    def _next(self, hidden: Tensor, depth: int) -> int:
-        """Choose the token after a hidden state [hidden]."""
-        if self._params.temperature == 0:
-            return int(self._runner.greedy(hidden.unsqueeze(0)))
-        return self._sample(self._runner.logits(hidden.unsqueeze(0))[0], depth)
-
-    def _sample(self, logits: Tensor, depth: int) -> int:
-        """Choose the token after the node at `depth`; the root stands at position `num_committed`."""
-        return sample(logits, self._params, self._seed, self._runner.num_committed + depth + 1)
+    def _row(self, hidden: Tensor, above: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the sampler needs to choose the token after a hidden state [hidden] and the tokens `above` it."""
+        position = tensor([self._runner.num_committed + len(above)])
+        tokens = tensor(above, dtype=torch.int64)
+        is_above = torch.ones(1, len(above), dtype=torch.bool)
+        logits = self._runner.logits(hidden.unsqueeze(0))
+        return logits, *(part.to(logits.device) for part in (position, tokens, is_above))
 
     def _fit(self, tree: CandidateTree) -> CandidateTree:
         """Fall back to the root alone where the tree would reach past the model's last position."""

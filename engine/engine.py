@@ -179,7 +179,7 @@ class Engine:
         paths: list[tuple[int, ...]] = []
         cached = self._reuse(prompt)
         try:
-            yield record.first(loop.prefill(prompt[cached:]))
+            yield record.first(loop.prefill(prompt[cached:], prompt[:cached]))
             steps = loop.steps(tree)
             while record.finish_reason is None and not stop.is_set():
                 step = next(steps)

@@ -14,10 +14,10 @@ class DecodeStep:
     """One verify forward and what came of it.
 
     `tokens` are the accepted drafts in path order and then the bonus token; where the answer ended among them, the
-    chunk that carries the step holds fewer. `path` holds the node indices of the accepted path, root first; node 0 is the root, a
-    token that an earlier step already emitted. `node_tokens[i]` and `node_probabilities[i]` belong to node i of the
-    tree, in `CandidateTree` order; probabilities are the draft head's own, the root's is 1. Without Medusa the tree
-    is the root alone.
+    chunk that carries the step holds fewer. `path` holds the node indices of the accepted path, root first; node 0 is
+    the root, a token that an earlier step already emitted. `node_tokens[i]` and `node_probabilities[i]` belong to node
+    i of the tree, in `CandidateTree` order; probabilities are the draft head's own, the root's is 1. Without Medusa the
+    tree is the root alone.
     """
 
     tokens: tuple[int, ...]

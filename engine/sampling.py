@@ -22,8 +22,8 @@ class SamplingParams:
     """How to answer. Every control's default leaves the model's own distribution as it is.
 
     - `temperature` 0 is greedy: bias and penalties still act, filters cannot matter.
-    - `top_k` 0 keeps all tokens; `top_p` 1 and `min_p` 0 too. `min_p` is relative to the likeliest token; `top_p` counts
-      what `top_k` and `min_p` left. Equal logits go by token id, the lower one first.
+    - `top_k` 0 keeps all tokens; `top_p` 1 and `min_p` 0 too. `min_p` is relative to the likeliest token; `top_p`
+      counts what `top_k` and `min_p` left. Equal logits go by token id, the lower one first.
     - `repetition_penalty` divides positive and multiplies negative logits of tokens in the prompt or the answer;
       `presence_penalty` is subtracted once for a token in the answer, `frequency_penalty` for each time it is there.
     - `stop`: the answer ends before the first of these strings. `logit_bias` holds (token id, bias) pairs.
@@ -160,7 +160,7 @@ def _as_stops(value: Any) -> Any:
 
 def _as_biases(value: Any) -> Any:
     if isinstance(value, Mapping):
-        value = [(int(token) if isinstance(token, str) and token.isdecimal() else token, b) for token, b in value.items()]
+        value = [(int(key) if isinstance(key, str) and key.isdecimal() else key, bias) for key, bias in value.items()]
     if isinstance(value, Sequence) and not isinstance(value, str):
         return tuple(tuple(pair) if isinstance(pair, (list, tuple)) else pair for pair in value)
     return value

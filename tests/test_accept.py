@@ -67,8 +67,8 @@ def uniform_rows(vocabulary: int) -> torch.Tensor:
 
 def test_typical_acceptance_is_strict_at_the_threshold() -> None:
     rows = uniform_rows(100)  # threshold 0.3 / 100 = 0.003 < 0.01: all typical
-    assert accept_typical(TREE, TOKENS, rows, epsilon=0.09, delta=0.3) == [0, 1, 3, 6]
-    assert accept_typical(TREE, TOKENS, rows, epsilon=0.01, delta=1.0) == [0]  # exactly equal is not above
+    assert accept_typical(TREE, TOKENS, rows.__getitem__, epsilon=0.09, delta=0.3) == [0, 1, 3, 6]
+    assert accept_typical(TREE, TOKENS, rows.__getitem__, epsilon=0.01, delta=1.0) == [0]  # exactly equal is not above
 
 
 def test_typical_acceptance_takes_the_longest_then_the_likelier_path() -> None:
@@ -76,12 +76,12 @@ def test_typical_acceptance_takes_the_longest_then_the_likelier_path() -> None:
     rows[0, [10, 20]] = torch.tensor([0.3, 0.6], dtype=torch.float64)
     rows[1, [30, 31]] = torch.tensor([0.2, 0.5], dtype=torch.float64)
     rows[2, 40] = 0.2
-    assert accept_typical(TREE, TOKENS, rows, 0.09, 0.3) == [0, 1, 4]  # 0.3 * 0.5 beats 0.6 * 0.2 and 0.3 * 0.2
+    assert accept_typical(TREE, TOKENS, rows.__getitem__, 0.09, 0.3) == [0, 1, 4]  # .3 * .5 beats .6 * .2
     rows[3, 50] = 0.2
-    assert accept_typical(TREE, TOKENS, rows, 0.09, 0.3) == [0, 1, 3, 6]  # deeper beats likelier
+    assert accept_typical(TREE, TOKENS, rows.__getitem__, 0.09, 0.3) == [0, 1, 3, 6]  # deeper beats likelier
 
 
 def test_a_one_hot_backbone_accepts_its_own_tokens_only() -> None:
     rows = torch.zeros(TREE.num_nodes, 100, dtype=torch.float64)
     rows[0, 20] = rows[2, 41] = rows[1, 30] = rows[5, 0] = 1.0
-    assert accept_typical(TREE, TOKENS, rows, 0.09, 0.3) == [0, 2]
+    assert accept_typical(TREE, TOKENS, rows.__getitem__, 0.09, 0.3) == [0, 2]
