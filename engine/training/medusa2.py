@@ -113,9 +113,9 @@ class JointTrainer(TrainingLoop):
         figures = sums.figures(seconds)
         self._begin_sums()
         report(
-            f"step {self.step} of {self.total_steps} ({min(share, 1):.0%}), heads' loss {figures['loss']:.4f}, "
-            f"KL {moved['kl']:.5f}, same best token {moved['same_best']:.2%}, lambda {self._lambda(share):.3f}, "
-            f"heads' loss {sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
+            f"step {self.step} of {self.total_steps} ({min(share, 1):.0%}), KL {moved['kl']:.5f}, "
+            f"same best token {moved['same_best']:.2%}, lambda {self._lambda(share):.3f}, "
+            f"heads' loss {figures['loss']:.4f}, {sums.by_head()}, {figures['tokens_per_second']:,.0f} tokens/s"
         )
         return {**figures, **moved, "epochs": self.step / self.steps_per_epoch}
 

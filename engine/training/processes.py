@@ -1,7 +1,7 @@
 """The processes that train together, one per GPU: who is who, and the few things that they have to agree on.
 
 A launcher (`accelerate launch`, `torchrun`) starts them and says so in the environment. What they train is not known
-here. Every method that returns numbers or changes tensors is called by all processes, in the same order; alone, each is a formality.
+here. What returns numbers or changes tensors is called by all processes in the same order; alone, it is a formality.
 """
 
 import os
