@@ -5,6 +5,7 @@ second. Step times are measured once and kept; tokens per step come from the hea
 from the answers given here. Where no tree beats plain decoding the choice is 0 nodes. Texts never depend on it.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,6 +14,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -27,6 +29,7 @@ _MIN_GAIN = 1.02  # below it a gain is noise, and a change of size too
 _PRIOR_STEPS = 2000.0  # what the calibration weighs, in steps seen
 _ANSWER_STEPS = 200.0  # what one answer may weigh: an odd chat moves a figure by less than a tenth
 _MOST_STEPS = 8000.0  # what all answers together may weigh; older ones fade
+_STEPS_TO_JUDGE, _BUSY = 16, 0.7  # an answer of so many steps that needs less than this share of the measured time
 _ENOUGH_STEPS = 500.0  # without a calibration a node counts only after so many steps
 
 NodePath = tuple[int, ...]  # node indices of one step's accepted path
@@ -82,6 +85,11 @@ class TuningFile:
         except OSError:
             return
 
+    def forget(self) -> None:
+        """Have the next start measure anew."""
+        with contextlib.suppress(OSError):
+            self.path.unlink()
+
 
 class Tuner:
     """The choice, and what it rests on. `step_ms` by drafted nodes must hold 0, plain decoding."""
@@ -129,6 +137,18 @@ class Tuner:
         self._choose()
         if self._file is not None:
             self._file.write(self._step_ms, self._seen)
+
+    def check_times(self, nodes: int, step_ms: Sequence[float]) -> None:
+        """Compare an answer's steps with what was measured: far faster ones tell that the machine was busy then.
+
+        The next start will measure again.
+        """
+        measured = self._step_ms.get(nodes)
+        if self._file is None or measured is None or len(step_ms) < _STEPS_TO_JUDGE:
+            return
+        if median(step_ms) < _BUSY * measured:
+            self._file.forget()
+            self._file = None
 
     def report(self) -> dict[str, Any]:
         """Return the curve, the choice and its reason as plain values, sizes in drafted nodes."""

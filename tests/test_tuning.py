@@ -144,6 +144,28 @@ def test_a_file_that_makes_no_sense_is_measured_again(tmp_path: Path, content: s
     assert TuningFile(kept).read() == (KNEE, Seen())
 
 
+def test_steps_far_faster_than_measured_make_the_next_start_measure_again(tmp_path: Path) -> None:
+    measured: list[int] = []
+
+    def load() -> Tuner:
+        def measure() -> dict[int, float]:
+            measured.append(1)
+            return KNEE
+
+        return load_or_measure(TREES, identity=["a"], measure=measure, default_nodes=2, folder=tmp_path)
+
+    first = load()
+    first.check_times(7, [2.0] * 30)  # as measured
+    first.check_times(7, [1.0] * 5)  # too few to tell
+    first.check_times(9, [0.1] * 30)  # never measured
+    load()
+    assert len(measured) == 1
+    first.check_times(7, [1.0] * 30)
+    first.learn(TREES.first(7), [(0,)] * 30)  # must not bring the old times back
+    load()
+    assert len(measured) == 2
+
+
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     chosen = load_or_measure(TREES, identity=["a"], measure=lambda: KNEE, default_nodes=2, folder=tmp_path / "file")
@@ -155,6 +177,12 @@ def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
 def test_figures_for_left_out_nodes_are_not_used() -> None:
     assert TREES.limited(4).expected == EXPECTED
     assert TREES.limited(2).expected == ()
+
+
+def test_a_busy_moment_does_not_count() -> None:
+    turns = {0: [[2.0, 9.0, 2.0], [90.0] * 3, [2.5] * 3], 1: [[30.0], [3.0], [30.0]]}
+    found = measure_step_times(lambda size: turns[size].pop(0), (0, 1), budget_s=60, say=print)
+    assert found == {0: 2.0, 1: 3.0}
 
 
 class Machine:
