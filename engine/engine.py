@@ -170,7 +170,7 @@ class Engine:
         started = time.perf_counter()
         prompt = self._tokenizer.encode_chat(messages)
         limit = self._room(len(prompt), params.max_tokens)
-        record = AnswerRecord(self._tokenizer, limit, started)
+        record = AnswerRecord(self._tokenizer, limit, started, params.stop)
         nodes = self._tree_nodes(params)
         drafter = self._drafter if nodes else None
         seed = draw_seed() if params.seed is None else params.seed

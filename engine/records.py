@@ -64,6 +64,7 @@ class GenerationChunk:
     """What one prefill or decode step adds to the stream.
 
     `text` is new text only, whole characters only (a token that ends inside a character shows up with the next one).
+    Where a stop string may have begun, text and tokens wait for a later chunk.
     `step` is None for the prefill's chunk. `result` is set on the last chunk alone.
     """
 
