@@ -107,7 +107,7 @@ class JointTrainer(TrainingLoop):
 
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
         kl, same, count = self.processes.add_up(torch.stack([self._kl, self._same, self._count])).tolist()
-        moved = {"kl": kl / max(1, count), "same_best": same / max(1, count)}
+        moved = {"kl": kl / max(1, count), "same_best": same / count if count else 1.0}
         sums = self._sums
         sums.add_up(self.processes)
         figures = sums.figures(seconds)
