@@ -52,6 +52,7 @@ class Command(NamedTuple):
 START = Command("app.cli_app", "start the app and open it in the browser", uses_model=True)
 COMMANDS = {
     "ask": Command("app.cli_ask", "answer prompts in the terminal, as text or as JSON", uses_model=True),
+    "bench": Command("app.cli_bench", "measure this machine: Medusa on and off, and other programs", uses_model=True),
     "distill": Command("engine.training.cli_distill", "let a model write its own training data"),
     "train": Command("engine.training.cli_train", "train draft heads on that data"),
     "calibrate": Command("engine.training.cli_calibrate", "measure draft heads and choose their candidate trees"),
