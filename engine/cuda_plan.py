@@ -27,7 +27,7 @@ class Round:
 
 
 class TreePlan:
-    """Tables int32 [nodes] (ancestor_at [nodes, 16]) of one tree on one device.
+    """Tables int32 [nodes] (ancestor_at [nodes, 16], is_above bool [nodes, nodes]) of one tree on one device.
 
     Where heads do not see the path, all nodes of a depth share one row.
     """
@@ -39,6 +39,7 @@ class TreePlan:
         self.parents = _int32(tree.parents, device)
         self.rank = tree.rank.int().to(device)
         self.ancestor_at = ancestor_table(tree.ancestors, tree.depth).to(device)
+        self.is_above = tree.ancestors.to(device)
         depths = tree.depth.tolist()
         rows = [0] * tree.num_nodes
         rounds = []

@@ -5,7 +5,7 @@ draft, verify, accept and commit without the host, which reads one small record 
 Runner contract use the same launches.
 """
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Protocol
 
 import torch
@@ -40,6 +40,17 @@ class LaunchesDrafts(Protocol):
     def launch(self, plan: TreePlan) -> None: ...
 
     def prepare(self, plan: TreePlan) -> None: ...
+
+
+class ChoosesTokens(Protocol):
+    """Chooses the token to follow at every node by launches alone; `kind` says which launches."""
+
+    @property
+    def kind(self) -> Hashable: ...
+
+    def launch(self, logits: Tensor, plan: TreePlan) -> Tensor: ...
+
+    def note_accepted(self) -> None: ...
 
 
 class StepOutput:
@@ -195,28 +206,43 @@ class CudaRunner:
                 drafter.prepare(self._plans[key])
         return self._plans[key]
 
-    def step(self, tree: CandidateTree, drafter: LaunchesDrafts | None, *, longest: int) -> StepOutput:
-        """Queue one exact greedy step from the memory's root and hidden state; nothing waits.
+    def step(
+        self,
+        tree: CandidateTree,
+        drafter: LaunchesDrafts | None,
+        *,
+        longest: int,
+        chooser: ChoosesTokens | None = None,
+    ) -> StepOutput:
+        """Queue one step from the memory's root and hidden state; nothing waits. Without a `chooser` it is greedy.
 
         `longest` is the most committed rows that there may be before it, counting steps that are still under way.
         """
         self._reserve(longest + tree.max_depth + 1)
         plan = self.plan(tree, drafter)
-        self.graphs.run(("step", tree, drafter), lambda: self._launch_step(plan, drafter))
+        key = ("step", tree, drafter) if chooser is None else ("step", tree, drafter, chooser, chooser.kind)
+        self.graphs.run(key, lambda: self._launch_step(plan, drafter, chooser))
         return self._post(plan.num_nodes)
 
     def arrived(self, record: StepRecord) -> None:
         """Take note of a step that has been waited for."""
         self._length = record.length
 
-    def _launch_step(self, plan: TreePlan, drafter: LaunchesDrafts | None) -> None:
+    def _launch_step(
+        self, plan: TreePlan, drafter: LaunchesDrafts | None, chooser: ChoosesTokens | None = None
+    ) -> None:
         memory, rows = self.memory, plan.num_nodes
         if drafter is not None and plan.rounds:
             drafter.launch(plan)
         self._forward.tree(plan)
-        keys = memory.keys_of_best[:rows]
-        fused_ops.argmax_keys(self._forward.score(memory.hidden[:rows]), out=keys, load=self.load)
+        logits = self._forward.score(memory.hidden[:rows])
+        if chooser is None:
+            keys = fused_ops.argmax_keys(logits, out=memory.keys_of_best[:rows], load=self.load)
+        else:
+            keys = chooser.launch(logits, plan)
         fused_ops.accept_greedy(keys, memory.tokens[:rows], plan.parents, memory.record, load=self.load)
+        if chooser is not None:
+            chooser.note_accepted()
         self._launch_commit(plan)
 
     def _launch_commit(self, plan: TreePlan) -> None:
