@@ -7,7 +7,9 @@ waits for Python. A step queued past an answer's end is forgotten by the runner'
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
+from weakref import WeakKeyDictionary
 
+from engine.captured_sampler import StepChooser
 from engine.cuda_drafter import CudaDrafter
 from engine.cuda_runner import CudaRunner, StepOutput
 from engine.decode import PLAIN, DecodeLoop
@@ -20,27 +22,37 @@ from engine.tree import CandidateTree
 __all__ = ["CapturedLoop", "make_loop"]
 
 _AHEAD = 2  # steps under way at a time
+_choosers: WeakKeyDictionary[CudaRunner, StepChooser] = WeakKeyDictionary()
 
 
 def make_loop(
     runner: Runner, drafter: Drafter | None, params: SamplingParams, seed: int
 ) -> "DecodeLoop | CapturedLoop":
-    """Choose the loop for one answer: captured steps where the runner has them and the settings allow it."""
-    is_captured = isinstance(runner, CudaRunner) and (drafter is None or isinstance(drafter, CudaDrafter))
-    if is_captured and params.is_argmax:
-        return CapturedLoop(runner, drafter)
+    """Choose the loop for one answer: captured steps where the runner has them."""
+    if isinstance(runner, CudaRunner) and (drafter is None or isinstance(drafter, CudaDrafter)):
+        return CapturedLoop(runner, drafter, params, seed)
     return DecodeLoop(runner, drafter, params, seed)
 
 
 class CapturedLoop:
-    """One greedy answer in the making; the same tokens as `DecodeLoop` gives on the same runner."""
+    """One answer in the making; the same tokens as `DecodeLoop` gives on the same runner."""
 
-    def __init__(self, runner: CudaRunner, drafter: CudaDrafter | None) -> None:
+    def __init__(
+        self, runner: CudaRunner, drafter: CudaDrafter | None, params: SamplingParams | None = None, seed: int = 0
+    ) -> None:
         self._runner, self._drafter = runner, drafter
+        self._params, self._seed = params or SamplingParams(), seed
+        self._chooser = None if self._params.is_argmax else _chooser_of(runner)
 
     def prefill(self, tokens: Sequence[int], cached: Sequence[int] = ()) -> int:
         """Run the prompt's new tokens, after those that are cached, and return the answer's first token."""
-        root = int(self._runner.greedy(self._runner.prefill(tokens).unsqueeze(0)))
+        if self._chooser:
+            self._chooser.start(self._params, self._seed, [*cached, *tokens])
+        hidden = self._runner.prefill(tokens).unsqueeze(0)
+        if self._chooser:
+            root = self._chooser.first(self._runner.logits(hidden), self._runner.num_committed)
+        else:
+            root = int(self._runner.greedy(hidden))
         self._runner.set_root(root)
         return root
 
@@ -57,7 +69,10 @@ class CapturedLoop:
                 if under_way and not fits:  # which tree fits is known when those under way have been read
                     break
                 chosen = tree if fits else PLAIN
-                under_way.append((chosen, self._runner.step(chosen, drafter if fits else None, longest=longest)))
+                output = self._runner.step(
+                    chosen, drafter if fits else None, longest=longest, chooser=self._chooser
+                )
+                under_way.append((chosen, output))
             chosen, output = under_way.popleft()
             record, tokens, chances = output.wait()
             self._runner.arrived(record)
@@ -71,3 +86,10 @@ class CapturedLoop:
                 node_probabilities=tuple(chances),
                 duration_ms=(read_at - before) * 1e3,
             )
+
+
+def _chooser_of(runner: CudaRunner) -> StepChooser:
+    """Return the runner's one chooser: captured steps hold its buffers."""
+    if runner not in _choosers:
+        _choosers[runner] = StepChooser(runner.memory)
+    return _choosers[runner]
