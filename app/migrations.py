@@ -91,4 +91,30 @@ def m001_conversations(db: Database) -> None:
     db.execute("CREATE INDEX conversations_by_date ON conversations (deleted_ms, updated_ms)")
 
 
-STEPS = ("m001_conversations",)  # every released step, in order
+@migrations()
+def m002_search_and_origin(db: Database) -> None:
+    """Full-text search over titles and texts, kept by triggers, and where an imported conversation came from.
+
+    The indexes hold no text of their own: rowids are the explicit `num` of the first step.
+    """
+    db.execute("ALTER TABLE conversations ADD COLUMN origin TEXT")
+    db.execute("CREATE UNIQUE INDEX conversations_by_origin ON conversations (origin) WHERE origin IS NOT NULL")
+    for table, column in (("messages", "content"), ("conversations", "title")):
+        _add_search(db, table, column)
+
+
+def _add_search(db: Database, table: str, column: str) -> None:
+    index = f"{table}_search"
+    db.execute(
+        f"CREATE VIRTUAL TABLE {index} USING fts5({column}, content='{table}', content_rowid='num', "
+        "tokenize='unicode61 remove_diacritics 2')"
+    )
+    add = f"INSERT INTO {index} (rowid, {column}) VALUES (new.num, new.{column});"
+    drop = f"INSERT INTO {index} ({index}, rowid, {column}) VALUES ('delete', old.num, old.{column});"
+    db.execute(f"CREATE TRIGGER {index}_added AFTER INSERT ON {table} BEGIN {add} END")
+    db.execute(f"CREATE TRIGGER {index}_removed AFTER DELETE ON {table} BEGIN {drop} END")
+    db.execute(f"CREATE TRIGGER {index}_changed AFTER UPDATE OF {column} ON {table} BEGIN {drop} {add} END")
+    db.execute(f"INSERT INTO {index} ({index}) VALUES ('rebuild')")
+
+
+STEPS = ("m001_conversations", "m002_search_and_origin")  # every released step, in order

@@ -1,26 +1,27 @@
 """Conversations on disk: what a person keeps, one row per message, in one SQLite file.
 
-Thread rule: one connection, opened with `check_same_thread=False`, is used only while `_lock` is held; every public
-method takes it, so any thread may call any method. Each write is one `db.atomic()` block. Knows no engine and no page.
+Thread rule: that of `app.database.DataFile`, any thread may call any method. Each write is one atomic block. Branches
+are rows with the same parent; the shown one ends at the conversation's head. Knows no engine and no page.
 """
 
 import json
 import secrets
-import sqlite3
-import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any, cast
 
-from sqlite_utils import Database
-from sqlite_utils.db import Table
-
-from app.migrations import NewerSchemaError, apply_migrations
+from app.database import DataFile
+from app.records import (
+    Conversation,
+    ConversationNotFoundError,
+    Message,
+    MessageNotFoundError,
+    StorageError,
+)
 
 __all__ = [
+    "KEPT_DAYS",
     "Conversation",
     "ConversationNotFoundError",
     "ConversationStore",
@@ -31,110 +32,70 @@ __all__ = [
 
 ROLES = ("system", "user", "assistant")
 STATUSES = ("complete", "running", "cancelled", "interrupted", "error")
-BUSY_TIMEOUT_MS = 5000
 TITLE_LENGTH = 60
+NAME_LENGTH = 200
+KEPT_DAYS = 30
+DAY_MS = 86_400_000
 
 
-class StorageError(Exception):
-    """Anything the store refuses or fails at, told in a sentence a person can act on."""
-
-
-class ConversationNotFoundError(StorageError):
-    """No conversation has this id."""
-
-
-class MessageNotFoundError(StorageError):
-    """No message has this id."""
-
-
-@dataclass(frozen=True)
-class Conversation:
-    """One conversation without its messages; times are milliseconds since 1970."""
-
-    id: str
-    title: str
-    title_source: str
-    folder: str | None
-    pinned: bool
-    settings: dict[str, Any]
-    head_id: str | None
-    created_ms: int
-    updated_ms: int
-    deleted_ms: int | None
-
-
-@dataclass(frozen=True)
-class Message:
-    """One message; `siblings` are the ids of all messages with its parent, itself among them, oldest first."""
-
-    id: str
-    conversation_id: str
-    parent_id: str | None
-    role: str
-    content: str
-    status: str
-    error: str
-    settings: dict[str, Any]
-    stats: dict[str, Any]
-    created_ms: int
-    updated_ms: int
-    siblings: tuple[str, ...] = field(default=(), compare=False)
-
-
-class ConversationStore:
-    """The conversations of one data folder; safe to share between threads (see the module's thread rule)."""
-
-    def __init__(self, path: Path) -> None:
-        """Open or create the database at `path` and bring its schema up to date; raises StorageError."""
-        self.path = path
-        self._lock = threading.RLock()
-        self._db = _open(path)
-
-    def close(self) -> None:
-        with self._lock:
-            self._db.close()
-
-    @contextmanager
-    def atomic(self) -> Iterator[None]:
-        """Make several calls one transaction: all of them are on disk afterwards, or none."""
-        with self._lock, _as_storage_error(self.path), self._db.atomic():
-            yield
+class ConversationStore(DataFile):
+    """The conversations of one data folder."""
 
     # conversations
 
-    def create_conversation(self, title: str = "", settings: Mapping[str, Any] | None = None) -> Conversation:
-        """Add an empty conversation."""
+    def create_conversation(
+        self, title: str = "", settings: Mapping[str, Any] | None = None, **columns: Any
+    ) -> Conversation:
+        """Add an empty conversation; `columns` sets others than the usual (an import's own id and times)."""
         now = _now_ms()
-        conversation_id = _new_id()
         row = {
-            "id": conversation_id,
+            "id": _new_id(),
             "title": title,
             "title_source": "user" if title else "auto",
             "settings": _dump(settings),
             "created_ms": now,
             "updated_ms": now,
+            **columns,
         }
-        with self.atomic():
-            self._table("conversations").insert(row)
-        return self.conversation(conversation_id)
+        self.insert("conversations", row)
+        return self.conversation(cast(str, row["id"]))
 
     def conversation(self, conversation_id: str) -> Conversation:
         """Read one conversation, deleted or not; raises ConversationNotFoundError."""
-        rows = self._rows("SELECT * FROM conversations WHERE id = ?", [conversation_id])
+        rows = self.rows("SELECT * FROM conversations WHERE id = ?", [conversation_id])
         if not rows:
             raise ConversationNotFoundError(f"There is no conversation {conversation_id!r}; open one from the list.")
         return _conversation(rows[0])
 
-    def conversations(self) -> list[Conversation]:
-        """All conversations that are not deleted: pinned ones first, then the last changed."""
-        rows = self._rows(
-            "SELECT * FROM conversations WHERE deleted_ms IS NULL ORDER BY pinned DESC, updated_ms DESC, num DESC"
+    def conversations(self, deleted: bool = False) -> list[Conversation]:
+        """All conversations that are not deleted (or only those that are): pinned ones first, then the last changed."""
+        rows = self.rows(
+            "SELECT * FROM conversations WHERE (deleted_ms IS NOT NULL) = ? ORDER BY pinned DESC, updated_ms DESC, "
+            "num DESC",
+            [deleted],
         )
         return [_conversation(row) for row in rows]
 
     def rename(self, conversation_id: str, title: str, source: str = "user") -> None:
         """Give a conversation a title; `source` says who chose it."""
-        self._update_conversation(conversation_id, {"title": title.strip()[:200], "title_source": source})
+        self._update_conversation(conversation_id, {"title": title.strip()[:NAME_LENGTH], "title_source": source})
+
+    def rename_unless_named(self, conversation_id: str, title: str) -> bool:
+        """Give the model's title, unless a person or the model gave one already; returns whether it was taken."""
+        taken = self.change(
+            "UPDATE conversations SET title = ?, title_source = 'model' WHERE id = ? AND title_source = 'auto'",
+            [title.strip()[:NAME_LENGTH], conversation_id],
+        )
+        return taken == 1
+
+    def pin(self, conversation_id: str, pinned: bool) -> None:
+        """Keep a conversation at the top of the list, or no longer."""
+        self._update_conversation(conversation_id, {"pinned": int(pinned)})
+
+    def move(self, conversation_id: str, folder: str | None) -> None:
+        """Put a conversation into a folder (made by its first conversation), or out of any with None or ""."""
+        name = " ".join((folder or "").split())[:NAME_LENGTH]
+        self._update_conversation(conversation_id, {"folder": name or None})
 
     def save_settings(self, conversation_id: str, settings: Mapping[str, Any]) -> None:
         """Replace the settings that the next answers of this conversation start from."""
@@ -148,6 +109,16 @@ class ConversationStore:
         """Undo `delete`."""
         self._update_conversation(conversation_id, {"deleted_ms": None})
 
+    def purge(self, conversation_id: str) -> None:
+        """Remove a deleted conversation for good; one that is not deleted is refused."""
+        if self.conversation(conversation_id).deleted_ms is None:
+            raise StorageError("Only a deleted conversation can be removed for good; delete it first.")
+        self.change("DELETE FROM conversations WHERE id = ? AND deleted_ms IS NOT NULL", [conversation_id])
+
+    def purge_expired(self) -> int:
+        """Remove for good what was deleted more than KEPT_DAYS ago; returns how many."""
+        return self.change("DELETE FROM conversations WHERE deleted_ms < ?", [_now_ms() - KEPT_DAYS * DAY_MS])
+
     # messages
 
     def append(
@@ -159,6 +130,7 @@ class ConversationStore:
         parent_id: str | None,
         status: str = "complete",
         settings: Mapping[str, Any] | None = None,
+        **columns: Any,
     ) -> Message:
         """Add a message under `parent_id` (None: at the root) and show its branch; the first user text is the title."""
         _check("role", role, ROLES)
@@ -174,11 +146,12 @@ class ConversationStore:
             "settings": _dump(settings),
             "created_ms": now,
             "updated_ms": now,
+            **columns,
         }
         with self.atomic():
             conversation = self.conversation(conversation_id)
             self._require_parent(conversation_id, parent_id)
-            self._table("messages").insert(row)
+            self.insert("messages", row)
             changes = {"head_id": row["id"], "updated_ms": now}
             if role == "user" and not conversation.title:
                 changes["title"] = _title_from(content)
@@ -187,7 +160,7 @@ class ConversationStore:
 
     def message(self, message_id: str) -> Message:
         """Read one message; raises MessageNotFoundError."""
-        rows = self._rows("SELECT * FROM messages WHERE id = ?", [message_id])
+        rows = self.rows("SELECT * FROM messages WHERE id = ?", [message_id])
         if not rows:
             raise MessageNotFoundError(f"There is no message {message_id!r}; it may have been removed for good.")
         return _message(rows[0])
@@ -196,10 +169,23 @@ class ConversationStore:
         """The messages from the root to `leaf_id` (by default the conversation's head), with their siblings."""
         with self._lock:
             leaf = leaf_id or self.conversation(conversation_id).head_id
-            rows = self._rows(_THREAD_SQL, [leaf, conversation_id])
+            rows = self.rows(_THREAD_SQL, [leaf, conversation_id])
             siblings = self._siblings(conversation_id)
         messages = [_message(row) for row in rows]
         return [replace(message, siblings=siblings[message.parent_id]) for message in messages]
+
+    def messages(self, conversation_id: str) -> list[Message]:
+        """All messages of a conversation, of every branch, oldest first: a parent comes before its children."""
+        rows = self.rows("SELECT * FROM messages WHERE conversation_id = ? ORDER BY num", [conversation_id])
+        return [_message(row) for row in rows]
+
+    def show_branch(self, message_id: str) -> str:
+        """Show the branch that goes through a message, down to the newest one below it; returns the conversation."""
+        with self.atomic():
+            conversation_id = self.message(message_id).conversation_id
+            newest = self.rows(_NEWEST_BELOW_SQL, [message_id])[0]["id"]
+            self._update_conversation(conversation_id, {"head_id": newest})
+        return conversation_id
 
     def save_answer(
         self,
@@ -218,46 +204,26 @@ class ConversationStore:
             changes["stats"] = _dump(stats)
         if settings is not None:
             changes["settings"] = _dump(settings)
-        with self.atomic():
-            self._update("messages", message_id, changes, MessageNotFoundError)
+        self.update("messages", message_id, changes, MessageNotFoundError)
 
     def mark_interrupted(self) -> int:
         """Turn answers that a crash left running interrupted; returns how many. Call before an engine runs."""
-        with self.atomic():
-            cursor = self._db.execute("UPDATE messages SET status = 'interrupted' WHERE status = 'running'")
-            return cursor.rowcount
+        return self.change("UPDATE messages SET status = 'interrupted' WHERE status = 'running'")
 
     # traces
 
     def save_trace(self, message_id: str, data: bytes, *, steps: int, trace_format: int) -> None:
         """Keep the decode steps of an answer, replacing an earlier trace of it."""
         row = {"message_id": message_id, "format": trace_format, "steps": steps, "data": data}
-        with self.atomic():
-            self._table("traces").insert(row, pk="message_id", replace=True)
+        self.insert("traces", row, pk="message_id", replace=True)
 
     def trace(self, message_id: str) -> tuple[int, bytes] | None:
         """(format, data) of an answer's decode steps, or None where none were kept."""
-        rows = self._rows("SELECT format, data FROM traces WHERE message_id = ?", [message_id])
+        rows = self.rows("SELECT format, data FROM traces WHERE message_id = ?", [message_id])
         return (rows[0]["format"], rows[0]["data"]) if rows else None
 
-    # the one way in and out of the database
-
-    def _rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
-        with self._lock, _as_storage_error(self.path):
-            return list(self._db.query(sql, list(parameters)))
-
-    def _table(self, name: str) -> Table:
-        return cast(Table, self._db[name])
-
     def _update_conversation(self, conversation_id: str, changes: Mapping[str, Any]) -> None:
-        with self.atomic():
-            self._update("conversations", conversation_id, changes, ConversationNotFoundError)
-
-    def _update(self, table: str, row_id: str, changes: Mapping[str, Any], missing: type[StorageError]) -> None:
-        columns = ", ".join(f"{column} = ?" for column in changes)
-        cursor = self._db.execute(f"UPDATE {table} SET {columns} WHERE id = ?", [*changes.values(), row_id])
-        if cursor.rowcount == 0:
-            raise missing(f"There is nothing with the id {row_id!r} in {table}; it may have been removed for good.")
+        self.update("conversations", conversation_id, changes, ConversationNotFoundError)
 
     def _require_parent(self, conversation_id: str, parent_id: str | None) -> None:
         if parent_id is not None and self.message(parent_id).conversation_id != conversation_id:
@@ -265,7 +231,7 @@ class ConversationStore:
 
     def _siblings(self, conversation_id: str) -> dict[str | None, tuple[str, ...]]:
         groups: dict[str | None, list[str]] = {}
-        for row in self._rows(
+        for row in self.rows(
             "SELECT id, parent_id FROM messages WHERE conversation_id = ? ORDER BY num", [conversation_id]
         ):
             groups.setdefault(row["parent_id"], []).append(row["id"])
@@ -281,43 +247,14 @@ WITH RECURSIVE path AS (
 SELECT * FROM path ORDER BY height DESC
 """
 
-
-def _open(path: Path) -> Database:
-    connection: sqlite3.Connection | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        connection = sqlite3.connect(path, check_same_thread=False, timeout=BUSY_TIMEOUT_MS / 1000)
-        connection.execute("PRAGMA journal_mode = WAL")
-        connection.execute("PRAGMA synchronous = FULL")  # a sent message outlives a power cut; twice a second is cheap
-        connection.execute("PRAGMA foreign_keys = ON")
-        database = Database(connection, execute_plugins=False)
-        apply_migrations(database)
-        return database
-    except NewerSchemaError as error:
-        _close(connection)
-        raise StorageError(f"{error} Update the app, or use another --data-dir than {path.parent}.") from error
-    except (sqlite3.Error, OSError) as error:
-        _close(connection)
-        raise StorageError(
-            f"The conversations in {path} cannot be opened ({error}). Check the file's permissions and free space, "
-            "or start with another --data-dir; nothing was changed."
-        ) from error
-
-
-@contextmanager
-def _as_storage_error(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except sqlite3.Error as error:
-        raise StorageError(
-            f"The conversations in {path} cannot be read or saved ({error}). Check that the disk has free space and "
-            "that no other program holds the file."
-        ) from error
-
-
-def _close(connection: sqlite3.Connection | None) -> None:
-    if connection is not None:
-        connection.close()
+_NEWEST_BELOW_SQL = """
+WITH RECURSIVE below AS (
+    SELECT id, num FROM messages WHERE id = ?
+    UNION ALL
+    SELECT messages.id, messages.num FROM messages JOIN below ON messages.parent_id = below.id
+)
+SELECT id FROM below ORDER BY num DESC LIMIT 1
+"""
 
 
 def _conversation(row: Mapping[str, Any]) -> Conversation:

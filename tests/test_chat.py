@@ -112,7 +112,7 @@ def test_user_message_is_on_disk_before_the_engine_is_asked(store, start) -> Non
 
     class Watching(FakeEngine):
         def stream(self, messages, params, stop=None):
-            seen.append([(row["role"], row["content"]) for row in store._rows("SELECT * FROM messages ORDER BY num")])
+            seen.append([(row["role"], row["content"]) for row in store.rows("SELECT * FROM messages ORDER BY num")])
             return super().stream(messages, params, stop)
 
     session = start(Watching())

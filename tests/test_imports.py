@@ -13,7 +13,7 @@ APP = sorted(path.stem for path in (ROOT / "app").glob("*.py") if path.stem != "
 # Third parties with one home each, and the engine, which the app knows by its public names only.
 ALLOWED = {
     "gradio": {"ui", "handlers", "server"},
-    "sqlite_utils": {"storage", "migrations"},
+    "sqlite_utils": {"database", "migrations"},
     "engine": {"chat", "running_answer", "server", "cli_ask", "ask", "cli_bench"},
     "torch": set(),
     "transformers": set(),
@@ -30,6 +30,8 @@ LAYERS = [
     {"chat"},
     {"running_answer"},
     {"storage", "tree_view"},
+    {"database"},
+    {"records"},
     {"migrations", "local_only", "single_instance"},
 ]
 

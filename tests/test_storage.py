@@ -178,7 +178,7 @@ def test_many_threads_write_and_read_at_once(store: ConversationStore) -> None:
 
     with ThreadPoolExecutor(8) as pool:
         list(pool.map(work, range(8)))
-    rows = store._rows("SELECT content FROM messages")
+    rows = store.rows("SELECT content FROM messages")
     assert sorted(row["content"] for row in rows) == sorted(f"{i}-{n}!" for i in range(8) for n in range(10))
 
 
