@@ -19,10 +19,11 @@ from engine.models.head_formats import Target, read_heads
 from engine.models.loader import LoadedModel, open_model
 from engine.models.tokenizer import ChatTokenizer
 from engine.nested_tree import NestedTree, tree_file
-from engine.records import EngineInfo, GenerationChunk
+from engine.records import DecodeStep, EngineInfo, GenerationChunk
 from engine.runner import Runner
 from engine.sampling import SamplingParams, draw_seed
 from engine.step_times import SIZES, StepTimer, measure_step_times
+from engine.tree import CandidateTree
 from engine.tuning import Tuner, device_name, engine_version, load_or_measure
 
 __all__ = ["Engine"]
@@ -176,7 +177,7 @@ class Engine:
         seed = draw_seed() if params.seed is None else params.seed
         loop = make_loop(self._runner, drafter, params, seed)
         tree = self._trees.first(nodes)
-        paths: list[tuple[int, ...]] = []
+        taken: list[DecodeStep] = []
         cached = self._reuse(prompt)
         try:
             yield record.first(loop.prefill(prompt[cached:], prompt[:cached]))
@@ -184,12 +185,11 @@ class Engine:
             while record.finish_reason is None and not stop.is_set():
                 step = next(steps)
                 if step.tree_nodes == tree.num_drafted:  # a smaller one was all that fitted the context
-                    paths.append(step.path)
+                    taken.append(step)
                 yield record.add(step)
         finally:
             self._remember(prompt, record.tokens)
-            if self._tuner and nodes and not params.is_typical:
-                self._tuner.learn(tree, paths)
+            self._learn(tree, taken, params)
         yield record.finish(
             prompt_tokens=len(prompt),
             cached_tokens=cached,
@@ -198,6 +198,15 @@ class Engine:
             runner=self._runner,
             seed=seed,
         )
+
+    def _learn(self, tree: CandidateTree, taken: Sequence[DecodeStep], params: SamplingParams) -> None:
+        """Let the tuner see an answer's steps: of exact acceptance what was accepted, of greedy ones the times too."""
+        if self._tuner is None:
+            return
+        if tree.num_drafted and not params.is_typical:
+            self._tuner.learn(tree, [step.path for step in taken])
+        if params.is_argmax:
+            self._tuner.check_times(tree.num_drafted, [step.duration_ms for step in taken])
 
     def _tree_nodes(self, params: SamplingParams) -> int:
         """Return how many nodes to draft; 0 is plain decoding."""
