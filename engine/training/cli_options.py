@@ -88,17 +88,19 @@ def open_heads(path: Path, model: TrainingModel, report: Report) -> MedusaHeads:
 def told_in_a_sentence(command: Command) -> Command:
     """Wrap a command: what a person can act on becomes one line on standard error and exit code 2.
 
-    Of several processes the first speaks: all were given the same and refuse the same.
+    Of several processes the first speaks where all refuse the same, and each of what happens to it alone.
     """
 
     def run(args: argparse.Namespace) -> int:
         try:
             return command(args)
-        except (EngineError, OSError) as error:
+        except EngineError as error:
+            sentence = str(error) if is_first_of_launch() else ""
+        except OSError as error:
             sentence = str(error)
         except torch.OutOfMemoryError as error:
             sentence = f"The device ran out of memory ({error}); close other programs or lower the limits in --help."
-        if is_first_of_launch():
+        if sentence:
             print(" ".join(sentence.split()), file=sys.stderr)
         return BAD_INPUT
 

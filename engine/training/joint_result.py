@@ -73,6 +73,8 @@ def train_jointly(
         raise InvalidParameterError(
             f"{held.num_documents} held-back conversations are too few to calibrate on; distill at least 20."
         )
+    original = "the original" if model.quantize == "none" else f"the original in {model.quantize}"
+    report(f"the model is held to what {original} says")
     trainer = JointTrainer(model, heads, vocabulary, train, plan, checkpoint, processes)
     trainer.run_reported(report)
     processes.close()
@@ -89,7 +91,7 @@ def train_jointly(
     write_calibration(tree_file(out / HEADS_FILE), calibration, {"heads": HEADS_FILE, "model": out.resolve().name})
     save_model(out, model, weights, heads, storage)
     return (
-        f"Wrote the model to {out} after {trainer.step} steps: {expected_worth(calibration)}. Against the original: KL "
+        f"Wrote the model to {out} after {trainer.step} steps: {expected_worth(calibration)}. Against {original}: KL "
         f"{quality.kl:.4f} a token, the same best token {quality.same_best:.1%}, perplexity "
         f"{quality.perplexity_tuned:.3f} instead of {quality.perplexity_original:.3f} on held-back answers."
     )

@@ -110,10 +110,10 @@ def is_first_of_launch() -> bool:
 
 
 def _own_gpu() -> torch.device:
-    number = int(os.environ.get("LOCAL_RANK", "0"))
-    if number >= torch.cuda.device_count():
+    number, wanted = (int(os.environ.get(name, "0")) for name in ("LOCAL_RANK", "LOCAL_WORLD_SIZE"))
+    if wanted > torch.cuda.device_count():
         raise InvalidParameterError(
-            f"This is process {number + 1} of this machine and it has {torch.cuda.device_count()} GPUs; start one "
+            f"{wanted} processes were started and this machine has {torch.cuda.device_count()} GPUs; start one "
             "process a GPU with --num_processes."
         )
     place = torch.device("cuda", number)
