@@ -1,5 +1,6 @@
 """A peer in its own process, asked over pipes; it measures itself, so the pipes cost its figures nothing."""
 
+import contextlib
 import importlib.util
 import json
 import subprocess
@@ -52,7 +53,8 @@ class PeerProcess:
         self._process.wait()
         for stream in (self._process.stdin, self._process.stdout, self._said):
             if stream is not None:
-                stream.close()
+                with contextlib.suppress(BrokenPipeError):  # what was asked last of a process that had ended
+                    stream.close()
 
     def _read(self) -> dict[str, Any]:
         assert self._process.stdout is not None

@@ -87,9 +87,9 @@ def _contexts(part: Mapping[str, Any]) -> str:
 
 def _by_length(part: Mapping[str, Any], what: str, cell: Callable[[Mapping[str, Any]], str]) -> str:
     names = list(next(iter(part["lengths"].values()), {}))
-    rows = [
-        (f"{int(length):,}", *(cell(by_name[name]) for name in names)) for length, by_name in part["lengths"].items()
-    ]
+    rows = []
+    for length, by_name in part["lengths"].items():
+        rows.append((f"{int(length):,}", *(cell(by_name[name]) if name in by_name else "-" for name in names)))
     return _table((f"tokens before: {what}", *names), rows)
 
 

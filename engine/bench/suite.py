@@ -4,6 +4,7 @@ Contenders take turns on every prompt, so that a busy moment of the machine fall
 says so in its place and costs only itself.
 """
 
+import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -11,17 +12,19 @@ from pathlib import Path
 from statistics import mean, median
 from typing import Any
 
-from engine.bench.contenders import Contender, Own, Run, spread
+from engine.bench.contenders import Contender, Ends, Own, Run, spread
 from engine.bench.contexts import CONTEXTS, measure_contexts
 from engine.bench.fresh_process import Setup, measure_memory, time_to_answer
 from engine.bench.hardware import describe, usable_cores
 from engine.bench.peer_process import PeerError, PeerProcess, ProcessContender, why_no_llama_cpp
+from engine.build import choose_device
 from engine.engine import Engine
-from engine.models.loader import bundled_path
+from engine.models.loader import bundled_path, open_model
 
 __all__ = ["Plan", "run_suite"]
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
+_BUSY = 0.3  # share of the cores that others may want before it is worth a warning
 _SKIP = 20  # the first prompts have served for choosing defaults
 
 Messages = list[dict[str, str]]
@@ -60,6 +63,16 @@ class Peers:
     left_out: dict[str, str] = field(default_factory=dict)
     processes: list[PeerProcess] = field(default_factory=list)
 
+    def ask(self, contender: Contender, prompt: Sequence[int], max_tokens: int, ends: Ends) -> Run | None:
+        """Have a contender answer; one whose process has ended is left out from then on."""
+        if contender.name in self.left_out:
+            return None
+        try:
+            return contender.run(prompt, max_tokens, ends)
+        except PeerError as error:
+            self.left_out[contender.name] = str(error)
+            return None
+
     def close(self) -> None:
         for process in self.processes:
             process.close()
@@ -67,6 +80,11 @@ class Peers:
 
 def run_suite(setup: Setup, plan: Plan, say: Say) -> dict[str, Any]:
     """Run all parts and return their figures; `setup` is what the engine is loaded with."""
+    choose_device(setup["device"])  # what cannot work at all is told before minutes of measuring
+    open_model(setup["model"])
+    load = _load()
+    if load > _BUSY * usable_cores():
+        say(f"Other programs are busy here (load {load:.1f}): the figures will be lower than this machine's.")
     # First, while this process is small: two models at a time would not fit everywhere.
     fresh = {
         "start": _part(lambda: _starts(setup, plan.starts, say)),
@@ -81,16 +99,22 @@ def run_suite(setup: Setup, plan: Plan, say: Say) -> dict[str, Any]:
         report = {
             **describe(engine),
             "threads": usable_cores(),
+            "load_before": load,
             "tuning": engine.info.tuning,
             "medusa": engine.info.heads_reason or "on",
             "answers": _part(lambda: _answers(engine, own, peers, plan, say)),
-            "contexts": _part(lambda: _contexts(engine, [*own, *peers.fast], plan, say)),
+            "contexts": _part(lambda: _contexts(engine, [*own, *peers.fast], peers, plan, say)),
             **fresh,
             "left_out": peers.left_out,
         }
     finally:
         peers.close()
     return report
+
+
+def _load() -> float:
+    """Return how many programs wanted a core in the last minute; 0 where the system does not tell."""
+    return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
 
 
 def _tree_size(engine: Engine) -> int:
@@ -174,7 +198,9 @@ def _answers(engine: Engine, own: list[Contender], peers: Peers, plan: Plan, say
     for number, prompt in enumerate(prompts):
         say(f"Prompt {number + 1} of {len(prompts)}")
         for contender in (*own, *peers.fast, *(peers.slow if number % 3 == 0 else ())):
-            runs[contender.name].append(contender.run(prompt, plan.max_tokens, ends))
+            run = peers.ask(contender, prompt, plan.max_tokens, ends)
+            if run is not None:
+                runs[contender.name].append(run)
         differ += len({runs[contender.name][-1].tokens for contender in own}) > 1
     off = runs[own[0].name]
     return {
@@ -182,7 +208,7 @@ def _answers(engine: Engine, own: list[Contender], peers: Peers, plan: Plan, say
         "max_tokens": plan.max_tokens,
         "seconds": round(time.perf_counter() - started),
         "answers_that_differ": differ,
-        "contenders": {name: _figures(taken, off) for name, taken in runs.items()},
+        "contenders": {name: _figures(taken, off) for name, taken in runs.items() if taken},
     }
 
 
@@ -202,7 +228,13 @@ def _figures(runs: Sequence[Run], off: Sequence[Run]) -> dict[str, Any]:
     }
 
 
-def _contexts(engine: Engine, contenders: list[Contender], plan: Plan, say: Say) -> dict[str, Any]:
+def _contexts(engine: Engine, contenders: list[Contender], peers: Peers, plan: Plan, say: Say) -> dict[str, Any]:
     return measure_contexts(
-        engine, contenders, plan.contexts, rounds=plan.rounds, new_tokens=plan.context_tokens, say=say
+        engine,
+        contenders,
+        plan.contexts,
+        rounds=plan.rounds,
+        new_tokens=plan.context_tokens,
+        ask=peers.ask,
+        say=say,
     )
