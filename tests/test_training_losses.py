@@ -63,6 +63,14 @@ def test_a_batch_without_labels_gives_zero_not_nan() -> None:
     assert loss == 0 and torch.equal(features.grad, torch.zeros_like(features))
 
 
+def test_no_rows_at_all_give_zero_and_zero_gradients() -> None:
+    features, output, teacher, gold, weight = _case()
+    features, output = features[:0].requires_grad_(), output.requires_grad_()
+    loss, rank = losses.head_loss(features, output, teacher, ROWS[:0], gold[:0], weight[:0])
+    loss.backward()
+    assert loss == 0 and rank.shape == (0,) and torch.equal(output.grad, torch.zeros_like(output))
+
+
 def test_runs_end_at_gaps_and_document_borders() -> None:
     labels = torch.tensor([0, 1, 1, 1, 0, 1, 1, 1, 1], dtype=torch.uint8)
     lengths = torch.tensor([7, 2])

@@ -11,14 +11,17 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_training_commands import command
 from test_training_medusa2 import random_text, small_heads, small_model
 
+from engine.errors import InvalidParameterError
 from engine.training import loop
 from engine.training.dataset import TextSet
 from engine.training.loop import TrainingLoop, TrainingPlan
 from engine.training.medusa1 import HeadTrainer, Vocabulary, build_heads
 from engine.training.medusa2 import JointPlan, JointTrainer
 from engine.training.processes import ALONE, Processes, open_processes
+from engine.training.shards import Document, ShardWriter
 from engine.training.windows import Lanes, WindowBatches, build_lanes
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,3 +211,57 @@ def test_an_epoch_of_windows_visits_almost_everything_once() -> None:
     gaps = [later - sooner for sooner, later in zip(sorted(starts), sorted(starts)[1:], strict=False)]
     assert min(gaps) >= PLAN.window
     assert len(starts) * PLAN.window > 0.7 * lanes.num_tokens  # the rest is each lane's odd end
+
+
+@pytest.mark.parametrize("content", [b"", b"not a checkpoint", b"PK\x03\x04 cut off"])
+def test_a_broken_checkpoint_is_told_in_a_sentence(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "run.ckpt").write_bytes(content)
+    with pytest.raises(InvalidParameterError, match=r"run\.ckpt is no checkpoint"):
+        make_trainer("medusa1", tmp_path / "run.ckpt")
+
+
+SCRIPT = """
+import os, pathlib, sys
+sys.path[:0] = {paths!r}
+from test_training_commands import command
+pathlib.Path({folder!r}, "pid-" + os.environ["RANK"]).write_text(str(os.getpid()))
+sys.exit(command({line!r}))
+"""
+
+
+def write_data(folder: Path) -> None:
+    """Conversations of the bundled model's tokens, short enough for a CPU."""
+    writer = ShardWriter(folder, {"model": "SmolLM2-135M-Instruct.Q4_1"}, 10_000)
+    for number in range(30):
+        writer.add(Document([7 * (number + place) for place in range(40)], [(4, 40)], is_greedy=True, source=number))
+    writer.flush()
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform == "win32", reason="SIGKILL is not on Windows")
+def test_accelerate_launches_the_command_and_a_killed_run_goes_on_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture
+) -> None:
+    write_data(tmp_path / "data")
+    out = tmp_path / "h.safetensors"
+    tiny = "--width 64 --draft-vocab 256 --batch-tokens 512 --device cpu"
+    line = f"train --data {tmp_path}/data --out {out} --epochs 1000 {tiny}"
+    paths, script = [str(ROOT), str(ROOT / "tests")], tmp_path / "train.py"
+    script.write_text(SCRIPT.format(paths=paths, folder=str(tmp_path), line=line + " --save-every 0 --time-limit 60"))
+    start = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--main_process_port", "0"]
+    launcher = subprocess.Popen([sys.executable, *start, str(script)], stderr=subprocess.PIPE, text=True)
+    assert launcher.stderr is not None
+    said = []
+    with launcher.stderr:
+        for text in launcher.stderr:
+            said.append(text)
+            if "loss" in text:
+                os.kill(int((tmp_path / "pid-1").read_text()), signal.SIGKILL)
+                break
+        launcher.stderr.read()
+    assert launcher.wait() != 0 and "2 processes share every step of 512 tokens" in "".join(said)
+    step = torch.load(out.with_suffix(".ckpt"), weights_only=True)["step"]
+    assert step > 0 and not out.exists()
+    # The step's tokens are the stopped run's, also where they are not given again.
+    assert command(line.replace("--batch-tokens 512", "--time-limit 10")) == 0
+    assert f"going on at step {step} of" in capsys.readouterr().err and out.exists()
