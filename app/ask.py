@@ -7,13 +7,13 @@ argv, files or signals: the caller brings questions, streams and the event that 
 import dataclasses
 import json
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Protocol, TextIO
 
 from app.prompts import Question
 from engine import EngineInfo, GenerationChunk, GenerationResult, SamplingParams
 
-__all__ = ["AnsweringEngine", "answer_all", "as_json"]
+__all__ = ["AnsweringEngine", "answer_all", "as_json", "summary"]
 
 JSON_KEYS = (
     "text",
@@ -45,9 +45,9 @@ class AnsweringEngine(Protocol):
     ) -> Iterator[GenerationChunk]: ...
 
 
-def as_json(result: GenerationResult) -> str:
-    """Return the answer's record as one line of JSON; NaN and infinity are refused, as JSON has neither."""
-    record: dict[str, Any] = {key: getattr(result, key) for key in JSON_KEYS}
+def as_json(result: GenerationResult, **more: Any) -> str:
+    """Return the answer's record, and `more`, as one line of JSON, which has neither NaN nor infinity: refused."""
+    record: dict[str, Any] = {**{key: getattr(result, key) for key in JSON_KEYS}, **more}
     return json.dumps(record, ensure_ascii=False, allow_nan=False)
 
 
@@ -60,8 +60,12 @@ def answer_all(
     out: TextIO,
     log: TextIO,
     json_lines: bool,
+    kept_as: Callable[[], str] | None = None,
 ) -> None:
-    """Answer `questions` in order onto `out`; remarks go to `log`. A set `stop` ends it after the partial answer."""
+    """Answer `questions` in order onto `out`; remarks go to `log`. A set `stop` ends it after the partial answer.
+
+    `kept_as` names the last answer where answers are kept.
+    """
     if params.medusa and not engine.info.has_heads:
         log.write(f"Medusa is off: {engine.info.heads_reason or 'this model has no draft heads'}\n")
         params = dataclasses.replace(params, medusa=False)
@@ -70,11 +74,13 @@ def answer_all(
             return
         if json_lines:
             result = _answer(engine, question, params, stop, None)
-            out.write(as_json(result) + "\n")
+            out.write(as_json(result, **({"message": kept_as()} if kept_as else {})) + "\n")
         else:
             result = _answer(engine, question, params, stop, out)
             out.write("\n")
-            log.write(f"{_summary(result)}\n")
+            log.write(f"{summary(result)}\n")
+            if kept_as:
+                log.write(f"Kept as message {kept_as()}\n")
         out.flush()
 
 
@@ -92,7 +98,8 @@ def _answer(
     return result
 
 
-def _summary(result: GenerationResult) -> str:
+def summary(result: GenerationResult) -> str:
+    """Return an answer's speed in a line."""
     ended = {"length": ", cut at --max-tokens or the model's context", "cancelled": ", stopped"}
     return (
         f"{result.tokens_per_second:.0f} tok/s · {result.tokens_per_step:.2g} tok/step · "

@@ -13,10 +13,14 @@ import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import TextIO
+from typing import TYPE_CHECKING, TextIO
 
-from app.options import auto_or_whole_number, finite_number, whole_number
+from app.answer_options import add_answer_options, answer_settings, given_options
 from app.prompts import BadInputError, Question, checked_question, read_questions
+from app.records import StorageError
+
+if TYPE_CHECKING:
+    from engine import Engine
 
 __all__ = ["EPILOG", "add_arguments", "answers_only", "run", "stop_on_interrupt"]
 
@@ -27,10 +31,16 @@ The answer goes to standard output, everything else to standard error. With --js
 examples:
   python launcher.py ask "Why is the sky blue?"
   python launcher.py ask "Write a story about a dragon." --medusa off --max-tokens 200 --json
-  python launcher.py ask --prompts prompts.jsonl > answers.jsonl"""
+  python launcher.py ask "Tell me a joke." --preset creative --seed 7 --stop "\\n\\n"
+  python launcher.py ask --prompts prompts.jsonl > answers.jsonl
+
+With --data-dir the answer is also kept there as a conversation. An answer that was kept, by this command or by the app,
+can be written again; --medusa off shows that drafting changes nothing. The exit code says whether it is identical:
+  python launcher.py ask --from-message ID --data-dir DIR"""
 
 EXIT_BAD_INPUT = 2
 EXIT_PIPE_CLOSED = 1
+EXIT_DIFFERS = 1
 EXIT_INTERRUPTED = 130
 
 
@@ -38,32 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("prompt", nargs="?", type=_prompt, metavar="PROMPT", help="what the model is to answer")
     source.add_argument("--prompts", type=Path, metavar="FILE.jsonl", help="answer a file of prompts; implies --json")
+    source.add_argument(
+        "--from-message", metavar="ID", help="write a kept answer again, with its own settings, and compare"
+    )
     parser.add_argument("--json", action="store_true", help="print an object with text, tokens and measurements")
     parser.add_argument("--system", metavar="TEXT", help="system text before the prompt")
-    answer = parser.add_argument_group("answer")
-    answer.add_argument("--medusa", choices=("on", "off"), default="on", help="draft with Medusa heads (default: on)")
-    answer.add_argument(
-        "--heads", default="auto", metavar="auto|none|PATH", help="draft heads (default: those made for the model)"
-    )
-    answer.add_argument(
-        "--tree-nodes",
-        type=auto_or_whole_number(1),
-        metavar="auto|N",
-        help="drafted tokens a step, without the root (default: auto)",
-    )
-    answer.add_argument(
-        "--acceptance",
-        choices=("exact", "typical"),
-        default="exact",
-        help="exact: the text of plain decoding; typical: more accepted, other text (default: exact)",
-    )
-    answer.add_argument(
-        "--temperature", type=finite_number, default=0.0, metavar="T", help="0 always takes the likeliest (default: 0)"
-    )
-    answer.add_argument("--seed", type=whole_number(0), metavar="S", help="repeats a sampled answer (default: drawn)")
-    answer.add_argument(
-        "--max-tokens", type=whole_number(1), default=512, metavar="N", help="longest answer (default: 512)"
-    )
+    add_answer_options(parser)
 
 
 def _prompt(text: str) -> str:
@@ -87,38 +77,85 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _questions(args: argparse.Namespace) -> list[Question]:
+    if args.from_message is not None:
+        also = [name for name in given_options(args) if name != "medusa"] + ["system"] * (args.system is not None)
+        if also:
+            flag = also[0].replace("_", "-")
+            raise BadInputError(f"--from-message takes the kept answer's own settings; leave out --{flag}.")
+        return []
     if args.prompts is not None:
         return read_questions(args.prompts, args.system)
     return [checked_question(args.prompt, args.system, "The command line")]
 
 
 def _answer(args: argparse.Namespace, questions: Sequence[Question], out: TextIO) -> int:
-    # Here, not above: they need torch, which --help and the checks of the input must not wait for.
-    from app.ask import answer_all
-    from engine import Engine, EngineError, SamplingParams
+    # Here, not above: it needs torch, which --help and the checks of the input must not wait for.
+    from engine import EngineError
 
     try:
-        params = SamplingParams(
-            medusa=args.medusa == "on",
-            temperature=args.temperature,
-            seed=args.seed,
-            max_tokens=args.max_tokens,
-            tree_nodes=args.tree_nodes,
-            acceptance=args.acceptance,
-        )
-        engine = Engine.load(
-            args.model,
-            device=args.device,
-            quantize=args.quantize,
-            heads=None if args.heads == "none" else args.heads,
-            progress=lambda text: print(text, file=sys.stderr, flush=True),
-        )
-        with stop_on_interrupt() as stop:
-            json_lines = args.json or args.prompts is not None
-            answer_all(engine, questions, params, stop=stop, out=out, log=sys.stderr, json_lines=json_lines)
-    except EngineError as error:
+        if args.from_message is not None:
+            return _answer_again(args, out)
+        return _answer_questions(args, questions, out)
+    except (EngineError, StorageError) as error:
         return _refuse(error)
+
+
+def _answer_questions(args: argparse.Namespace, questions: Sequence[Question], out: TextIO) -> int:
+    """Answer and, where a data folder was named, keep the answers there."""
+    from app.ask import answer_all
+    from engine import SamplingParams
+
+    params = SamplingParams.from_dict(answer_settings(args))
+    json_lines = args.json or args.prompts is not None
+    with contextlib.ExitStack() as closing, stop_on_interrupt() as stop:
+        engine, kept_as = _load(args), None
+        if args.is_data_dir_given:
+            from app.saved_answers import KeepingEngine, open_store
+
+            store = closing.enter_context(contextlib.closing(open_store(args.data_dir)))
+            keeping = engine = KeepingEngine(engine, store)
+            kept_as = lambda: keeping.message_id  # noqa: E731
+        answer_all(
+            engine, questions, params, stop=stop, out=out, log=sys.stderr, json_lines=json_lines, kept_as=kept_as
+        )
     return EXIT_INTERRUPTED if stop.is_set() else 0
+
+
+def _answer_again(args: argparse.Namespace, out: TextIO) -> int:
+    """Write a kept answer again; the exit code is 0 where it is identical."""
+    from app.ask import as_json, summary
+    from app.saved_answers import open_store, reproduce, stored_answer
+
+    with contextlib.closing(open_store(args.data_dir)) as store:
+        stored = stored_answer(store, args.from_message)
+    medusa = None if args.medusa is None else args.medusa == "on"
+    engine = _load(args)
+
+    def show(text: str) -> None:
+        if not args.json:
+            out.write(text)
+            out.flush()
+
+    with stop_on_interrupt() as stop:
+        again = reproduce(engine, stored, stop, show, medusa=medusa)
+    verdict = {"message": args.from_message, "identical": not again.difference, "difference": again.difference}
+    out.write(as_json(again.result, **verdict) + "\n" if args.json else "\n")
+    out.flush()
+    is_same = "Identical to" if not again.difference else f"Not identical ({again.difference}) to"
+    sys.stderr.write(f"{summary(again.result)}\n{is_same} message {args.from_message}.\n")
+    return EXIT_DIFFERS if again.difference else 0
+
+
+def _load(args: argparse.Namespace) -> "Engine":
+    from engine import Engine
+
+    return Engine.load(
+        args.model,
+        device=args.device,
+        quantize=args.quantize,
+        heads=None if args.heads == "none" else args.heads,
+        progress=lambda text: print(text, file=sys.stderr, flush=True),
+    )
 
 
 def _refuse(error: Exception) -> int:

@@ -8,7 +8,7 @@ import math
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from app.paths import default_data_dir
 
@@ -41,6 +41,16 @@ class _HelpFormatter(argparse.RawDescriptionHelpFormatter):
         super().__init__(prog, max_help_position=32, width=110)
 
 
+class _StoreAndSay(argparse.Action):
+    """Store a value, and in `is_..._given` that it did not come by default."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        setattr(namespace, self.dest, values)
+        setattr(namespace, f"is_{self.dest}_given", True)
+
+
 def add_model_options(parser: argparse.ArgumentParser) -> None:
     """Add the flags that every command with a model shares: which model, where, how small, where data is kept."""
     group = parser.add_argument_group("model")
@@ -58,10 +68,12 @@ def add_model_options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--data-dir",
         type=_folder,
+        action=_StoreAndSay,
         default=default_data_dir(),
         metavar="DIR",
         help="folder for conversations and settings (default: %(default)s)",
     )
+    parser.set_defaults(is_data_dir_given=False)
 
 
 def add_repair_option(parser: argparse.ArgumentParser) -> None:

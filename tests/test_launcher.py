@@ -25,12 +25,16 @@ class EngineError(Exception):
 
 @dataclass(frozen=True)
 class SamplingParams:
-    medusa: bool
-    temperature: float
-    seed: int | None
-    max_tokens: int
-    tree_nodes: int | None
-    acceptance: str
+    medusa: bool = True
+    temperature: float = 0.0
+    seed: int | None = None
+    max_tokens: int = 512
+    tree_nodes: int | None = None
+    acceptance: str = "exact"
+
+    @classmethod
+    def from_dict(cls, values):
+        return cls(**values)
 
     def __post_init__(self):
         if self.temperature > 5:
@@ -125,7 +129,7 @@ def test_help_needs_no_environment(tmp_path: Path, words: tuple[str, ...]) -> No
         ("--data-dir launcher.py", "is a file, not a folder"),
         ("--pot 5", "There is no argument --pot"),
         ("--repair ask", "The command ask comes before its options"),
-        ("ask", "PROMPT --prompts is required"),
+        ("ask", "PROMPT --prompts --from-message is required"),
         ("ask hi there", "There is no argument there"),
         ("ask hi --prompts x.jsonl", "not allowed with"),
         ("ask --prompts missing.jsonl", "missing.jsonl cannot be read"),
@@ -137,6 +141,12 @@ def test_help_needs_no_environment(tmp_path: Path, words: tuple[str, ...]) -> No
         ("ask hi --tree-nodes many", "'many' is not a whole number"),
         ("ask hi --medusa maybe", "invalid choice: 'maybe'"),
         ("ask hi --acceptance lax", "invalid choice: 'lax'"),
+        ("ask hi --preset bold", "invalid choice: 'bold'"),
+        ("ask hi --top-k -1", "-1 is not a whole number"),
+        ("ask hi --logit-bias 5", "'5' is not a token id and a bias such as 42=-1.5"),
+        ("ask hi --from-message x", "not allowed with"),
+        ("ask --from-message x --top-p 0.5", "takes the kept answer's own settings; leave out --top-p"),
+        ("ask --from-message x --system S", "leave out --system"),
     ],
 )
 def test_bad_input_is_exit_code_2_and_one_sentence(ready: Path, line: str, words: str) -> None:
