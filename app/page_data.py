@@ -11,12 +11,21 @@ from typing import Any
 from app.chat import EngineState
 from app.running_answer import RunningAnswer
 from app.storage import Conversation, Message
-from app.tree_view import StepView, unpack_trace
+from app.tree_view import StepView, acceptance_by_depth, unpack_trace
 
-__all__ = ["conversation_list", "figures_line", "live_view", "page_value", "saved_view", "status_view", "thread_view"]
+__all__ = [
+    "context_view",
+    "conversation_list",
+    "figures_line",
+    "live_view",
+    "page_value",
+    "saved_view",
+    "status_view",
+    "thread_view",
+]
 
-LIVE_STEPS = 3  # what one update may have missed; older steps come from the saved trace
 RECENT_STEPS = 48
+SPEED_STEPS = 16  # the speed "now" is over so many steps
 STATUS_NOTES = {
     "cancelled": "stopped",
     "interrupted": "interrupted when the app ended",
@@ -34,15 +43,29 @@ def thread_view(conversation: Conversation | None, messages: Sequence[Message]) 
     return {
         "id": conversation.id if conversation else "",
         "title": conversation.title if conversation else "",
+        "settings": conversation.settings if conversation else {},
+        "context": context_view(messages),
         "messages": [_message(message) for message in messages],
     }
 
 
 def conversation_list(conversations: Sequence[Conversation]) -> list[dict[str, Any]]:
     return [
-        {"id": item.id, "title": item.title or "New chat", "updated_ms": item.updated_ms, "pinned": item.pinned}
+        {
+            "id": item.id,
+            "title": item.title or "New chat",
+            "updated_ms": item.updated_ms,
+            "pinned": item.pinned,
+            "folder": item.folder,
+        }
         for item in conversations
     ]
+
+
+def context_view(messages: Sequence[Message]) -> dict[str, Any]:
+    """How much of the model's context the last answer and its prompt took."""
+    last = next((message.stats for message in reversed(messages) if message.role == "assistant"), {})
+    return {"used": last.get("prompt_tokens", 0) + last.get("generated_tokens", 0), "size": last.get("max_context", 0)}
 
 
 def live_view(answer: RunningAnswer) -> dict[str, Any]:
@@ -55,6 +78,8 @@ def live_view(answer: RunningAnswer) -> dict[str, Any]:
         "text": answer.text,
         "error": answer.error,
         "figures": figures_line(stats, answer.status),
+        "left_out": answer.left_out,
+        "context": {"used": answer.prompt_tokens + stats["generated_tokens"], "size": answer.max_context},
         **_steps_view(answer.trace.steps, stats),
     }
 
@@ -74,6 +99,7 @@ def saved_view(message: Message, trace: tuple[int, bytes] | None) -> dict[str, A
         "text": message.content,
         "error": message.error,
         "figures": figures_line(message.stats, message.status),
+        "left_out": message.settings.get("left_out", 0),
         **_steps_view(steps, message.stats),
     }
 
@@ -102,6 +128,7 @@ def status_view(state: EngineState) -> dict[str, Any]:
         info = state.info
         view.update(
             model=info.model,
+            max_context=info.max_context,
             device=info.device,
             weights=info.weights,
             memory_bytes=info.memory_bytes,
@@ -123,16 +150,25 @@ def _message(message: Message) -> dict[str, Any]:
         "medusa": message.stats.get("medusa", message.settings.get("medusa", False)),
         "figures": figures_line(message.stats, message.status) if message.role == "assistant" else "",
         "siblings": list(message.siblings),
+        "settings": message.settings,
+        "left_out": message.settings.get("left_out", 0),
     }
 
 
 def _steps_view(steps: Sequence[StepView], stats: Mapping[str, Any]) -> dict[str, Any]:
-    first = max(0, len(steps) - LIVE_STEPS)
+    """The latest step and the gauges; all steps are asked for where they are needed (app/trace.py)."""
     return {
-        "steps": [step.as_json(first + offset + 1) for offset, step in enumerate(steps[first:])],
+        "steps": [step.as_json(len(steps)) for step in steps[-1:]],
         "recent": [step.num_accepted for step in steps[-RECENT_STEPS:]],
         "medusa": bool(stats.get("medusa")),
         "tokens_per_second": round(stats.get("tokens_per_second", 0.0), 1),
+        "tokens_per_second_now": round(_speed(steps[-SPEED_STEPS:]), 1),
         "tokens_per_step": round(stats.get("tokens_per_step", 1.0), 2),
-        "acceptance_by_depth": [round(share, 3) for share in stats.get("acceptance_by_depth", [])],
+        "acceptance_by_depth": [round(share, 3) for share in acceptance_by_depth(steps)],
     }
+
+
+def _speed(steps: Sequence[StepView]) -> float:
+    """Tokens a second over these steps."""
+    milliseconds = sum(step.duration_ms for step in steps)
+    return 1000 * sum(len(step.texts) for step in steps) / milliseconds if milliseconds else 0.0

@@ -27,11 +27,14 @@ import uvicorn  # noqa: E402
 from fastapi import FastAPI  # noqa: E402
 from starlette.responses import FileResponse, PlainTextResponse, Response, StreamingResponse  # noqa: E402
 
+from app.actions import Actions  # noqa: E402
 from app.chat import ChatSession, LoadEngine  # noqa: E402
 from app.handlers import Handlers  # noqa: E402
 from app.local_only import LocalOnly  # noqa: E402
+from app.routes import add_routes  # noqa: E402
 from app.single_instance import InstanceLock  # noqa: E402
 from app.storage import ConversationStore, StorageError  # noqa: E402
+from app.trace import trace_json  # noqa: E402
 from app.ui import ASSETS, build_ui, page_options  # noqa: E402
 from engine import Engine  # noqa: E402
 
@@ -57,7 +60,9 @@ def serve(*, port: int | None, data_dir: Path, open_browser: bool, device: str, 
     return run_server(load, port=port, data_dir=data_dir, open_browser=open_browser)
 
 
-def run_server(load_engine: LoadEngine, *, port: int | None, data_dir: Path, open_browser: bool) -> int:
+def run_server(
+    load_engine: LoadEngine, *, port: int | None, data_dir: Path, open_browser: bool, titles: bool = True
+) -> int:
     """`serve` with any engine: the seam where a test brings its own."""
     lock = InstanceLock(data_dir)
     try:
@@ -66,7 +71,7 @@ def run_server(load_engine: LoadEngine, *, port: int | None, data_dir: Path, ope
     except OSError as error:
         return _fail(f"The data folder {data_dir} cannot be written ({error}); choose another with --data-dir.")
     try:
-        return _serve_locked(load_engine, lock, port, data_dir, open_browser)
+        return _serve_locked(load_engine, lock, port, data_dir, open_browser, titles)
     finally:
         lock.release()
 
@@ -81,7 +86,15 @@ def build_app(session: ChatSession) -> FastAPI:
         events = (f"data: {value}\n\n" async for value in handlers.follow(conversation))
         return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
 
+    def trace(message: str, first: int = 0) -> Response:
+        steps = trace_json(session, message, max(0, first))
+        if steps is None:
+            return PlainTextResponse("No steps were kept for this answer.", status_code=404)
+        return Response(steps, media_type="application/json", headers={"cache-control": "no-store"})
+
+    app.add_api_route("/medusa/trace", trace, methods=["GET"], response_model=None)
     app.add_api_route("/medusa/follow", follow, methods=["GET"], response_model=None)
+    add_routes(app, Actions(session))
     app.add_api_route("/medusa/{name:path}", _asset, methods=["GET"], response_model=None)
     return gr.mount_gradio_app(
         app,
@@ -109,7 +122,7 @@ def _asset(name: str) -> Response:
 
 
 def _serve_locked(
-    load_engine: LoadEngine, lock: InstanceLock, port: int | None, data_dir: Path, open_browser: bool
+    load_engine: LoadEngine, lock: InstanceLock, port: int | None, data_dir: Path, open_browser: bool, titles: bool
 ) -> int:
     try:
         listener = _listen(port)
@@ -121,7 +134,7 @@ def _serve_locked(
     except StorageError as error:
         return _fail(str(error))
     url = f"http://127.0.0.1:{listener.getsockname()[1]}/"
-    session = ChatSession(store, load_engine)
+    session = ChatSession(store, load_engine, titles=titles)
     session.start()
     server = uvicorn.Server(
         uvicorn.Config(build_app(session), log_level="warning", timeout_graceful_shutdown=SHUTDOWN_S, access_log=False)

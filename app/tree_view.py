@@ -8,9 +8,19 @@ import json
 import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any, Protocol
 
-__all__ = ["TRACE_FORMAT", "StepRecord", "StepView", "TokenTexts", "Trace", "acceptance_by_depth", "unpack_trace"]
+__all__ = [
+    "TRACE_FORMAT",
+    "StepRecord",
+    "StepView",
+    "TokenTexts",
+    "Trace",
+    "acceptance_by_depth",
+    "tree_depth",
+    "unpack_trace",
+]
 
 TRACE_FORMAT = 1
 PROBABILITY_LEVELS = 99  # two digits are more than an opacity needs, and pack to about one byte a node
@@ -101,23 +111,25 @@ class Trace:
         first = max(0, len(steps) - count)
         return [step.as_json(first + offset + 1) for offset, step in enumerate(steps[first:])]
 
-    def pack(self) -> bytes:
-        """All steps as compressed columns: some 50 bytes a step at 16 nodes, 140 at 64 (tests/test_tree_view.py)."""
-        words = _Numbering()
-        shapes = _Numbering()
+    def columns(self, first: int = 0) -> dict[str, Any]:
+        """The steps from index `first` on as columns; texts and tree shapes are numbers into `words` and `shapes`."""
+        words, shapes, steps = _Numbering(), _Numbering(), self.steps[first:]
         columns: dict[str, Any] = {
             "prefill": {"texts": self.prefill_texts, "tokens": self.prefill_tokens},
-            "labels": [[words.number(label) for label in step.labels] for step in self.steps],
-            "texts": [[words.number(text) for text in step.texts] for step in self.steps],
-            "shape": [shapes.number(step.parents) for step in self.steps],
-            "probabilities": [[_quantise(value) for value in step.probabilities] for step in self.steps],
-            "path": [step.path for step in self.steps],
-            "tokens": [step.tokens for step in self.steps],
-            "accepted": [step.num_accepted for step in self.steps],
-            "ms": [step.duration_ms for step in self.steps],
+            "labels": [[words.number(label) for label in step.labels] for step in steps],
+            "texts": [[words.number(text) for text in step.texts] for step in steps],
+            "shape": [shapes.number(step.parents) for step in steps],
+            "probabilities": [[_quantise(value) for value in step.probabilities] for step in steps],
+            "path": [step.path for step in steps],
+            "tokens": [step.tokens for step in steps],
+            "accepted": [step.num_accepted for step in steps],
+            "ms": [step.duration_ms for step in steps],
         }
-        columns["words"], columns["shapes"] = words.values, shapes.values
-        return zlib.compress(json.dumps(columns, ensure_ascii=False, separators=(",", ":")).encode(), 6)
+        return {**columns, "words": words.values, "shapes": shapes.values}
+
+    def pack(self) -> bytes:
+        """All steps as compressed columns: some 50 bytes a step at 16 nodes, 140 at 64 (tests/test_tree_view.py)."""
+        return zlib.compress(json.dumps(self.columns(), ensure_ascii=False, separators=(",", ":")).encode(), 6)
 
     def _labels(self, tokens: Sequence[int]) -> tuple[str, ...]:
         unknown = list(dict.fromkeys(token for token in tokens if token not in self._known))
@@ -141,9 +153,25 @@ def unpack_trace(trace_format: int, data: bytes) -> Trace:
 
 
 def acceptance_by_depth(steps: Sequence[StepView]) -> list[float]:
-    """Share of the steps that accepted a draft at depth 1, 2, ...; empty without drafts."""
-    deepest = max((step.num_accepted for step in steps), default=0)
-    return [sum(step.num_accepted >= depth for step in steps) / len(steps) for depth in range(1, deepest + 1)]
+    """Share of the steps that accepted a draft at depth 1, 2, ... of the deepest tree; empty without drafts.
+
+    A depth that was drafted and never accepted is a 0: a head that does not help should be seen.
+    """
+    deepest = max((tree_depth(step.parents) for step in steps), default=0)
+    counts = [0] * (deepest + 1)
+    for step in steps:
+        counts[step.num_accepted] += 1
+    reached = [sum(counts[depth:]) for depth in range(1, deepest + 1)]
+    return [count / len(steps) for count in reached]
+
+
+@lru_cache(maxsize=256)
+def tree_depth(parents: tuple[int, ...]) -> int:
+    """The deepest node's depth; parents precede children, and the root's is -1."""
+    depths: list[int] = []
+    for parent in parents:
+        depths.append(0 if parent < 0 else depths[parent] + 1)
+    return max(depths, default=0)
 
 
 class _Numbering:

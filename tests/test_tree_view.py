@@ -85,6 +85,22 @@ def test_acceptance_by_depth_counts_steps_not_drafts() -> None:
     assert acceptance_by_depth([]) == []
 
 
+def test_a_depth_that_was_never_accepted_is_a_zero() -> None:
+    trace = Trace(texts)
+    trace.add(DecodeStep((1, 2), 1, (0, 1), (1,) * 4, (-1, 0, 1, 2), (1.0,) * 4, 1.0), [" a", " b"], (1, 2))
+    trace.add(DecodeStep((1,), 0, (0,), (1,), (-1,), (1.0,), 1.0), [" a"], (1,))
+    assert acceptance_by_depth(trace.steps) == [0.5, 0.0, 0.0]
+
+
+def test_columns_from_a_step_on_are_the_rest_of_all_columns() -> None:
+    trace = random_trace(6, 9, 8)
+    whole, rest = trace.columns(), trace.columns(4)
+    assert rest["path"] == whole["path"][4:] and rest["ms"] == whole["ms"][4:]
+    named = [[columns["words"][number] for number in columns["labels"][-1]] for columns in (whole, rest)]
+    assert named[0] == named[1] == list(trace.steps[-1].labels)
+    assert trace.columns(9)["accepted"] == []
+
+
 @pytest.mark.parametrize("trace_format,data", [(2, b""), (1, b"no zlib"), (1, random.Random(1).randbytes(64))])
 def test_unreadable_traces_raise_a_sentence(trace_format: int, data: bytes) -> None:
     with pytest.raises(ValueError, match=r"The (saved )?steps"):
