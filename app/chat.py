@@ -8,11 +8,14 @@ import logging
 import queue
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from typing import Any, Literal, Protocol
 
+from app.context import answer_reserve, fit_prompt
 from app.running_answer import Autosave, RunningAnswer
+from app.settings import SettingsError, checked_settings, params_from
 from app.storage import ConversationStore, Message, StorageError
+from app.title_queue import TitleQueue
 from app.tree_view import TRACE_FORMAT
 from engine import EngineError, EngineInfo, GenerationChunk, SamplingParams
 
@@ -61,8 +64,10 @@ class Turn:
 class ChatSession:
     """The engine's one thread and everything that asks it for answers; shared by all pages."""
 
-    def __init__(self, store: ConversationStore, load_engine: LoadEngine) -> None:
+    def __init__(self, store: ConversationStore, load_engine: LoadEngine, *, titles: bool = False) -> None:
+        """`titles` lets the model name conversations after their first answer."""
         self.store = store
+        self._titles = TitleQueue(store) if titles else None
         self.engine_state = EngineState("loading", "Starting")
         self._load_engine = load_engine
         self._queue: queue.SimpleQueue[RunningAnswer | None] = queue.SimpleQueue()
@@ -72,7 +77,8 @@ class ChatSession:
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
 
     def start(self) -> None:
-        """Mark what a crash left behind, then load the engine in its thread."""
+        """Mark what a crash left behind, empty the bin of what is overdue, then load the engine in its thread."""
+        self.store.purge_expired()
         interrupted = self.store.mark_interrupted()
         if interrupted:
             _log.info("%d answers were interrupted when the app last ended", interrupted)
@@ -85,7 +91,7 @@ class ChatSession:
             answers = list(self._answers.values())
         for answer in answers:
             answer.stop.set()
-        self._queue.put(None)
+        self._put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
         self.store.mark_interrupted()
@@ -96,21 +102,48 @@ class ChatSession:
         Raises ChatError for an empty text, for impossible settings, and while this conversation's last answer is still
         being written; nothing is saved then.
         """
-        if not text.strip():
-            raise ChatError("The message is empty; write something first.")
-        params = _params_from(settings)
+        text = _checked_text(text)
+
+        def user() -> Message:
+            conversation = (
+                self.store.conversation(conversation_id) if conversation_id else self.store.create_conversation()
+            )
+            return self.store.append(conversation.id, "user", text, parent_id=conversation.head_id)
+
+        return self._start(conversation_id, user, settings)
+
+    def edit(self, message_id: str, text: str, settings: Mapping[str, Any]) -> Turn:
+        """Answer another wording of a user's message, in a branch of its own; the old one stays."""
+        text = _checked_text(text)
+        old = self._message(message_id, "user")
+
+        def user() -> Message:
+            return self.store.append(old.conversation_id, "user", text, parent_id=old.parent_id)
+
+        return self._start(old.conversation_id, user, settings)
+
+    def regenerate(self, message_id: str, settings: Mapping[str, Any]) -> Turn:
+        """Answer the same message once more, in a branch of its own."""
+        old = self._message(message_id, "assistant")
+        return self._start(old.conversation_id, lambda: self._question_of(old), settings)
+
+    def go_on(self, message_id: str, settings: Mapping[str, Any]) -> Turn:
+        """Go on from where an answer ended, in a branch that begins with its text."""
+        old = self._message(message_id, "assistant")
+        if not old.content:
+            raise ChatError("This answer is empty, so there is nothing to go on from; ask for another answer instead.")
+        return self._start(old.conversation_id, lambda: self._question_of(old), settings, continued=old)
+
+    def show_branch(self, message_id: str) -> str:
+        """Show the branch that goes through a message; returns its conversation."""
         with self._lock:
-            if conversation_id is not None:
-                self._refuse_if_running(conversation_id)
-            with self.store.atomic():
-                conversation = (
-                    self.store.conversation(conversation_id) if conversation_id else self.store.create_conversation()
-                )
-                user = self.store.append(conversation.id, "user", text.strip(), parent_id=conversation.head_id)
-                answer = self._begin_answer(user, params, settings)
-            self._answers[conversation.id] = answer
-        self._queue.put(answer)
-        return Turn(conversation.id, user.id, answer.message_id)
+            self._refuse_if_running(self.store.message(message_id).conversation_id)
+            return self.store.show_branch(message_id)
+
+    def delete(self, conversation_id: str) -> None:
+        """Hide a conversation; an answer that is being written there is stopped and kept with it."""
+        self.stop(conversation_id)
+        self.store.delete(conversation_id)
 
     def stop(self, conversation_id: str) -> None:
         """End this conversation's answer after the current step; what is written stays."""
@@ -123,27 +156,79 @@ class ChatSession:
         with self._lock:
             return self._answers.get(conversation_id or "")
 
+    def has_title_pending(self, conversation_id: str) -> bool:
+        """Whether the model has yet to name this conversation."""
+        return self._titles is not None and self._titles.is_pending(conversation_id)
+
+    def _start(
+        self,
+        conversation_id: str | None,
+        user_message: Callable[[], Message],
+        settings: Mapping[str, Any],
+        continued: Message | None = None,
+    ) -> Turn:
+        """Queue an answer to the message that `user_message` saves or finds; all that is saved is saved at once."""
+        settings = _checked(settings)
+        with self._lock:
+            if conversation_id is not None:
+                self._refuse_if_running(conversation_id)
+            with self.store.atomic():
+                user = user_message()
+                answer = self._begin_answer(user, settings, continued)
+            self._answers[user.conversation_id] = answer
+        self._put(answer)
+        return Turn(user.conversation_id, user.id, answer.message_id)
+
+    def _put(self, answer: RunningAnswer | None) -> None:
+        self._queue.put(answer)
+        if self._titles is not None:
+            self._titles.interrupt()
+
+    def _message(self, message_id: str, role: str) -> Message:
+        message = self.store.message(message_id)
+        if message.role != role:
+            raise ChatError(f"Message {message_id!r} is by the {message.role}; this needs one by the {role}.")
+        return message
+
+    def _question_of(self, answer: Message) -> Message:
+        if answer.parent_id is None:
+            raise ChatError("This answer stands alone, without a question to answer; write a message below it.")
+        return self.store.message(answer.parent_id)
+
     def _refuse_if_running(self, conversation_id: str) -> None:
         if conversation_id in self._answers:
             raise ChatError("The last answer is still being written; wait for it or press Stop.")
 
-    def _begin_answer(self, user: Message, params: SamplingParams, settings: Mapping[str, Any]) -> RunningAnswer:
-        saved = {"system": settings.get("system", ""), **asdict(params)}
+    def _begin_answer(self, user: Message, settings: Mapping[str, Any], continued: Message | None) -> RunningAnswer:
+        prefix = continued.content if continued else ""
+        saved = dict(settings)
+        if continued is not None:  # the prompt ended with this much of the answer's own text
+            saved["continues"] = {"message": continued.id, "characters": len(prefix)}
         message = self.store.append(
-            user.conversation_id, "assistant", "", parent_id=user.id, status="running", settings=saved
+            user.conversation_id, "assistant", prefix, parent_id=user.id, status="running", settings=saved
         )
-        return RunningAnswer(user.conversation_id, message.id, params)
+        return RunningAnswer(user.conversation_id, message.id, params_from(settings), prefix)
 
     # below: the engine thread
 
     def _work(self) -> None:
         engine = self._load()
-        while (answer := self._queue.get()) is not None:
+        while (answer := self._next(engine)) is not None:
             try:
                 self._write(engine, answer)
             except Exception:  # the store failed: the page is told, the thread lives on for the next message
                 _log.exception("An answer could not be saved")
                 self._leave(answer, "error", "The answer could not be saved; check the disk's free space.")
+
+    def _next(self, engine: AnswerEngine | None) -> RunningAnswer | None:
+        """The next answer; titles are written while there is none."""
+        while self._titles and engine is not None:
+            self._titles.rearm()
+            try:
+                return self._queue.get_nowait()
+            except queue.Empty:
+                self._titles.write_next(engine)
+        return self._queue.get()
 
     def _load(self) -> AnswerEngine | None:
         try:
@@ -169,13 +254,15 @@ class ChatSession:
             except Exception as failure:
                 status, error = "error", _sentence(failure)
         self._keep(answer, status, error)
+        if status == "complete" and self._titles is not None:
+            self._titles.ask_for(answer.conversation_id)
         self._leave(answer, status, error)
 
     def _generate(self, engine: AnswerEngine, answer: RunningAnswer) -> None:
         if answer.stop.is_set():
             return
         answer.begin(engine.token_texts, engine.info.has_heads)
-        messages = self._prompt(answer)
+        messages = self._prompt(engine, answer)
         for chunk in engine.stream(messages, answer.params, answer.stop):
             answer.add(chunk)
 
@@ -185,20 +272,38 @@ class ChatSession:
         ended_by_itself = answer.result is not None and answer.result.finish_reason != "cancelled"
         return "complete" if ended_by_itself else "cancelled"
 
-    def _prompt(self, answer: RunningAnswer) -> list[dict[str, str]]:
-        """The messages above the answer; an answer that failed before its first word says nothing."""
-        thread = self.store.thread(answer.conversation_id, answer.message_id)[:-1]
+    def _prompt(self, engine: AnswerEngine, answer: RunningAnswer) -> list[dict[str, str]]:
+        """The messages above the answer that fit; an answer that failed before its first word says nothing."""
+        thread = [
+            message for message in self.store.thread(answer.conversation_id, answer.message_id) if message.content
+        ]
         system = str(self.store.message(answer.message_id).settings.get("system") or "")
-        prompt = [{"role": "system", "content": system}] if system else []
-        return prompt + [{"role": message.role, "content": message.content} for message in thread if message.content]
+        above = [message for message in thread if message.id != answer.message_id]
+        turns = [{"role": message.role, "content": message.content} for message in above]
+        if answer.prefix:
+            turns.append({"role": "assistant", "content": answer.prefix})
+        before = next((message.settings for message in reversed(above) if message.role == "assistant"), {})
+        answer.max_context = engine.info.max_context
+        prompt = fit_prompt(
+            [{"role": "system", "content": system}] if system else [],
+            turns,
+            engine.count_tokens,
+            answer.max_context - answer_reserve(answer.max_context, answer.params.max_tokens),
+            already_out=int(before.get("left_out") or 0),
+        )
+        answer.left_out, answer.prompt_tokens = prompt.left_out, prompt.tokens
+        return prompt.messages
 
     def _keep(self, answer: RunningAnswer, status: str, error: str) -> None:
-        settings = None
+        settings = {**self.store.message(answer.message_id).settings, "left_out": answer.left_out}
         if answer.result is not None:
-            saved = self.store.message(answer.message_id).settings
-            settings = {**saved, "seed": answer.result.seed}
+            settings["seed"] = answer.result.seed
         with self.store.atomic():
-            stats = {**answer.stats(), "model": self.engine_state.info.model if self.engine_state.info else ""}
+            stats = {
+                **answer.stats(),
+                "max_context": answer.max_context,
+                "model": self.engine_state.info.model if self.engine_state.info else "",
+            }
             self.store.save_answer(answer.message_id, answer.text, status, stats=stats, settings=settings, error=error)
             if answer.trace.steps:
                 self.store.save_trace(
@@ -211,12 +316,17 @@ class ChatSession:
         answer.finish(status, error)
 
 
-def _params_from(settings: Mapping[str, Any]) -> SamplingParams:
-    known = {field.name for field in fields(SamplingParams)}
+def _checked(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
-        return SamplingParams(**{name: value for name, value in settings.items() if name in known})
-    except EngineError as error:
+        return checked_settings(settings)
+    except SettingsError as error:
         raise ChatError(str(error)) from error
+
+
+def _checked_text(text: str) -> str:
+    if not text.strip():
+        raise ChatError("The message is empty; write something first.")
+    return text.strip()
 
 
 def _sentence(error: Exception) -> str:

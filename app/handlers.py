@@ -5,6 +5,7 @@ is sent in the moment in which it closes the stream of the one before (seen in 6
 """
 
 import asyncio
+import json
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -12,13 +13,13 @@ import gradio as gr
 
 from app.chat import ChatError, ChatSession
 from app.page_data import conversation_list, live_view, page_value, saved_view, status_view, thread_view
+from app.settings import SettingsError, checked_settings
 from app.storage import ConversationNotFoundError, StorageError
 
 __all__ = ["Handlers"]
 
-UPDATE_INTERVAL_S = (
-    0.08  # 12 updates a second: reading is smooth, and the browser's drawing is the limit, not this side
-)
+UPDATE_INTERVAL_S = 0.1  # reading is smooth at ten updates a second, and the browser's drawing is the limit
+TITLE_LIMIT_S = 60
 
 
 class Handlers:
@@ -45,13 +46,16 @@ class Handlers:
             notice,
         )
 
-    def send(self, text: str, conversation_id: str, medusa: bool) -> tuple[Any, str, Any, Any, Any, Any]:
-        """Save and begin to answer: (composer, id, thread, conversations, live, notice). A refused text stays there."""
-        settings = {"medusa": bool(medusa)}
+    def send(self, text: str, conversation_id: str, medusa: bool, settings: str) -> tuple[Any, str, Any, Any, Any, Any]:
+        """Save and begin to answer: (composer, id, thread, conversations, live, notice). A refused text stays there.
+
+        `settings` is the page's JSON object of all controls; the Medusa switch goes over it.
+        """
         try:
-            turn = self._session.send(conversation_id or None, text, settings)
-            self._session.store.save_settings(turn.conversation_id, settings)
-        except (ChatError, StorageError) as error:
+            chosen = checked_settings({**_object(settings), "medusa": bool(medusa)})
+            turn = self._session.send(conversation_id or None, text, chosen)
+            self._session.store.save_settings(turn.conversation_id, chosen)
+        except (ChatError, SettingsError, StorageError) as error:
             return gr.skip(), conversation_id, gr.skip(), gr.skip(), gr.skip(), _notice(str(error))
         shown = page_value(self._thread_data(turn.conversation_id))
         live = page_value(self._live_data(turn.conversation_id))
@@ -79,7 +83,19 @@ class Handlers:
                 seen = answer.revision
                 yield page_value({"live": live_view(answer)})
             await asyncio.sleep(UPDATE_INTERVAL_S)
-        yield await asyncio.to_thread(self._present, conversation_id, ended=True)
+        titled = self._session.has_title_pending(conversation_id)
+        yield await asyncio.to_thread(self._present, conversation_id, ended=not titled)
+        if titled:
+            yield await self._when_titled(conversation_id)
+
+    async def _when_titled(self, conversation_id: str) -> str:
+        """The list with the title that the model gives after the first answer."""
+        for _ in range(int(TITLE_LIMIT_S / UPDATE_INTERVAL_S)):
+            if not self._session.has_title_pending(conversation_id):
+                break
+            await asyncio.sleep(UPDATE_INTERVAL_S)
+        shown = conversation_list(self._session.store.conversations())
+        return page_value({"ended": True, "conversations": shown})
 
     def _present(self, conversation_id: str, ended: bool = False) -> str:
         try:
@@ -112,6 +128,12 @@ class Handlers:
 
     def _conversations(self) -> str:
         return page_value(conversation_list(self._session.store.conversations()))
+
+
+def _object(text: str) -> dict[str, Any]:
+    """The JSON object in `text`; nothing where a page of an older version sends none."""
+    value = json.loads(text or "{}")
+    return value if isinstance(value, dict) else {}
 
 
 def _notice(text: str) -> str:

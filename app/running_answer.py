@@ -20,8 +20,10 @@ _log = logging.getLogger(__name__)
 class RunningAnswer:
     """An answer while it is written. The engine thread feeds it; any thread may look."""
 
-    def __init__(self, conversation_id: str, message_id: str, params: SamplingParams) -> None:
-        self.conversation_id, self.message_id, self.params = conversation_id, message_id, params
+    def __init__(self, conversation_id: str, message_id: str, params: SamplingParams, prefix: str = "") -> None:
+        """`prefix` is the text of an earlier answer that this one goes on from."""
+        self.conversation_id, self.message_id, self.params, self.prefix = conversation_id, message_id, params, prefix
+        self.prompt_tokens = self.left_out = self.max_context = 0
         self.stop = threading.Event()
         self.finished = threading.Event()
         self.status = "waiting"  # then "running", then what the store knows
@@ -64,7 +66,7 @@ class RunningAnswer:
 
     @property
     def text(self) -> str:
-        return self._text
+        return self.prefix + self._text
 
     def stats(self) -> dict[str, Any]:
         """The figures under the answer: the engine's own once it has ended, counted here until then."""
@@ -78,6 +80,7 @@ class RunningAnswer:
             return {
                 "medusa": self._drafts,
                 "generated_tokens": self._tokens,
+                "prompt_tokens": self.prompt_tokens,
                 "steps": len(steps),
                 "tokens_per_step": 1 + sum(step.num_accepted for step in steps) / len(steps) if steps else 1.0,
                 "tokens_per_second": (self._tokens - 1) / seconds if seconds > 0 else 0.0,

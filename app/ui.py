@@ -32,6 +32,8 @@ window.MedusaChat ? mount() : window.addEventListener("medusa-chat-ready", mount
 
 CONVERSATION_IN_ADDRESS = "() => new URLSearchParams(location.search).get('c') || ''"
 
+WITH_SETTINGS = "(text, id, medusa) => [text, id, medusa, JSON.stringify(window.MedusaChat.settings())]"
+
 # Past Gradio's queue, which has no use here: answers are made in the session's own thread, and what the queue streams
 # can be lost (see app/handlers.py).
 DIRECT: dict[str, Any] = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
@@ -42,6 +44,7 @@ def build_ui(handlers: Handlers) -> gr.Blocks:
     with gr.Blocks(title="Medusa Chat", fill_width=True, fill_height=True, analytics_enabled=False) as page:
         # In the browser rather than in gr.State: it survives a restart of the server, and it is the address's ?c=.
         conversation_id = gr.Textbox(visible="hidden", elem_id="conversation-id", label="Conversation")
+        settings = gr.Textbox(visible="hidden", elem_id="settings-json", label="Settings")
         with gr.Row(elem_id="shell"):
             with gr.Column(elem_id="sidebar", min_width=0):
                 conversations = _view("conversations")
@@ -60,7 +63,8 @@ def build_ui(handlers: Handlers) -> gr.Blocks:
         sent = [composer, conversation_id, thread, conversations, live, notice]
         page.load(handlers.open, conversation_id, opened, js=CONVERSATION_IN_ADDRESS, **DIRECT)
         conversations.select(handlers.open, conversation_id, opened, js="() => window.MedusaChat.wanted()", **DIRECT)
-        gr.on([composer.submit, send.click], handlers.send, [composer, conversation_id, medusa], sent, **DIRECT)
+        asked = [composer, conversation_id, medusa, settings]
+        gr.on([composer.submit, send.click], handlers.send, asked, sent, js=WITH_SETTINGS, **DIRECT)
         stop.click(handlers.stop, conversation_id, **DIRECT)
         gr.on([page.load, waiting.tick], handlers.status, outputs=[status, waiting], **DIRECT)
     return page
@@ -111,6 +115,7 @@ def _composer() -> tuple[gr.Textbox, gr.Button, gr.Button, gr.Checkbox]:
             elem_id="composer-text",
         )
         with gr.Row(elem_id="composer-actions"):
+            _view("tools")
             medusa = gr.Checkbox(value=True, label="Medusa", container=False, elem_id="medusa-switch", min_width=0)
             stop = gr.Button("Stop", elem_id="stop", min_width=0)
             send = gr.Button("Send", variant="primary", elem_id="send", min_width=0)

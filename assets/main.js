@@ -5,6 +5,8 @@ import { followIfRunning } from "./follow.js";
 import { mountLive } from "./live.js";
 import { mountNotice, mountStatus } from "./status.js";
 import { mountThread } from "./thread.js";
+import { currentSettings, startSettings } from "./settings.js";
+import { mountTools } from "./tools.js";
 import { shared } from "./shared.js";
 
 const VIEWS = {
@@ -13,6 +15,7 @@ const VIEWS = {
   notice: mountNotice,
   status: mountStatus,
   thread: mountThread,
+  tools: mountTools,
 };
 
 /** Called by each gr.HTML once: build the view, then follow its value. */
@@ -27,5 +30,6 @@ function mount(name, component) {
   show();
 }
 
-window.MedusaChat = { mount, wanted: () => shared.wanted };
+startSettings();
+window.MedusaChat = { mount, wanted: () => shared.wanted, settings: currentSettings };
 window.dispatchEvent(new Event("medusa-chat-ready"));

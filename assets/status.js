@@ -24,6 +24,8 @@ export function mountStatus({ element }) {
   showTheme(currentTheme() === "dark");
   showPanel(isOpen("panel"));
   return (value) => {
+    shared.contextSize = value?.max_context || 0;
+    shared.tell("size");
     facts.replaceChildren(...(value ? factsOf(value) : []));
     if (value) document.documentElement.dataset.medusa = value.medusa ? "ready" : value.phase === "ready" ? "missing" : "unknown";
   };
@@ -59,8 +61,15 @@ export function mountNotice({ element }) {
   return (value) => {
     element.replaceChildren();
     if (!value) return;
-    const line = el("p", { class: "notice", role: "alert" }, icon("warning"), el("span", {}, value.text),
-      iconButton("close", "Dismiss", () => line.remove()));
+    const line = el("p", { class: value.calm ? "notice calm" : "notice", role: value.calm ? "status" : "alert" },
+      icon(value.calm ? "info" : "warning"), el("span", {}, value.text));
+    if (value.action) line.append(noticeAction(value.action, line));
+    line.append(iconButton("close", "Dismiss", () => line.remove()));
     element.append(line);
   };
 }
+
+const noticeAction = (action, line) => el("button", { type: "button", class: "notice-action", onclick: () => {
+  line.remove();
+  action.run();
+} }, action.label);

@@ -28,7 +28,8 @@ def main(options: dict[str, Any]) -> int:
         else INFO
     )
     engine = FakeEngine(pace_s=options.get("pace_s", 0.01), info=info, fail_after=options.get("fail_after"))
-    return run_server(loader(engine), port=port, data_dir=data_dir, open_browser=False)
+    titles = options.get("titles", False)
+    return run_server(loader(engine), port=port, data_dir=data_dir, open_browser=False, titles=titles)
 
 
 if __name__ == "__main__":

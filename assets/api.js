@@ -1,0 +1,45 @@
+// The page's own requests: one JSON object in, new values for the views out. A refusal is a sentence above the text box.
+
+import { shared } from "./shared.js";
+
+const tabs = new BroadcastChannel("medusa-chat-list");
+
+/** Ask for `name`; the views it changed are shown, and the answer is returned, or null after a refusal. */
+export async function act(name, values = {}) {
+  const body = JSON.stringify(values);
+  return take(await send(`/medusa/do/${name}`, { method: "POST", headers: { "content-type": "application/json" }, body }));
+}
+
+/** Import a file of conversations. */
+export async function importFile(file) {
+  return take(await send("/medusa/import", { method: "POST", body: file }));
+}
+
+async function send(address, options) {
+  try {
+    const answer = await fetch(address, options);
+    const value = await answer.json();
+    return answer.ok ? value : { error: value.error || `The app answered with status ${answer.status}; reload the page.` };
+  } catch {
+    return { error: "The app does not answer; start it again and reload this page." };
+  }
+}
+
+function take(value) {
+  if (value.error || value.said) notify(value.error || value.said, { calm: !value.error });
+  if (value.error) return null;
+  if (value.conversations) {
+    shared.views.conversations?.(value.conversations);
+    tabs.postMessage(value.conversations);
+  }
+  if (value.thread) shared.views.thread?.(value.thread);
+  if (value.live !== undefined) shared.views.live?.(value.live);
+  return value;
+}
+
+/** Say something where the person looks; `action` is {label, run}, such as an undo. */
+export function notify(text, { calm = true, action = null } = {}) {
+  shared.views.notice?.({ text, calm, action });
+}
+
+tabs.onmessage = (event) => shared.views.conversations?.(event.data);
