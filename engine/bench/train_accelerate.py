@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 import torch
 
@@ -44,8 +45,8 @@ class Bench:
 
     def __init__(self, args: argparse.Namespace) -> None:
         self.args, self.start, self.port = args, time.monotonic(), 29510
-        self.results: dict[str, dict[str, object]] = {}
-        self.summary: dict[str, object] = {}
+        self.results: dict[str, dict[str, Any]] = {}
+        self.summary: dict[str, Any] = {}
         args.out.mkdir(parents=True, exist_ok=True)
         args.work.mkdir(parents=True, exist_ok=True)
 
@@ -92,9 +93,9 @@ class Bench:
         with log:
             return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=log, start_new_session=True)
 
-    def _end(self, run: Run, process: subprocess.Popen, began: float) -> dict[str, object]:
+    def _end(self, run: Run, process: subprocess.Popen, began: float) -> dict[str, Any]:
         limit = max(1.0, min(run.limit_s - (time.monotonic() - began), self.left() - GRACE_SECONDS))
-        result: dict[str, object] = {"job": asdict(run.job), "processes": run.processes}
+        result: dict[str, Any] = {"job": asdict(run.job), "processes": run.processes}
         try:
             code = process.wait(timeout=limit)
         except subprocess.TimeoutExpired:
@@ -112,7 +113,7 @@ class Bench:
             self.report(text[-1500:])
         return result
 
-    def _short(self, name: str) -> dict[str, object]:
+    def _short(self, name: str) -> dict[str, Any]:
         result = self.results[name]
         rows = result.get("rows", [])
         short = {key: value for key, value in result.items() if key not in ("rows", "job", "failure")}

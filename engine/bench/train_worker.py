@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -90,7 +91,7 @@ def train_job(
         trainer.run(say)
     except Stopped:
         say(f"stopped at step {trainer.step}")
-    figures = {
+    figures: dict[str, object] = {
         "first_step": first_step,
         "setup_s": round(began - start, 1),
         "training_s": round(time.monotonic() - began, 2),
@@ -108,7 +109,7 @@ def train_job(
 def _trainer(
     job: Job, model: TrainingModel, train: TextSet, processes: Processes, say: Callable[[str], None]
 ) -> TrainingLoop:
-    plan = {
+    plan: dict[str, Any] = {
         "epochs": job.steps * job.batch_tokens / train.num_tokens,
         "batch_tokens": job.batch_tokens,
         "report_steps": job.report_steps,
@@ -123,8 +124,9 @@ def _trainer(
         return JointTrainer(model, heads, vocabulary, train, JointPlan(**plan), checkpoint, processes)
     config = model.backbone.config
     vocabulary = Vocabulary(model, most_used_tokens(train, DRAFT_VOCAB, config.vocab_size))
-    shape = {"width": WIDTH, "sees": "path", "output": "truncated", "draft_vocab": vocabulary.rows.shape[0]}
-    heads = build_heads(HeadsConfig(config.hidden_size, config.vocab_size, num_layers=2, **shape), vocabulary)
+    shape: dict[str, Any] = {"num_layers": 2, "width": WIDTH, "sees": "path", "output": "truncated"}
+    size = vocabulary.rows.shape[0]
+    heads = build_heads(HeadsConfig(config.hidden_size, config.vocab_size, draft_vocab=size, **shape), vocabulary)
     lanes = build_lanes(model, train, TrainingPlan.window, processes, say)
     say(f"{lanes.cache.num_tokens:,} of {lanes.num_tokens:,} tokens here")
     return HeadTrainer(heads, vocabulary, lanes, TrainingPlan(**plan), checkpoint, processes)
@@ -149,7 +151,7 @@ def _watch(job: Job, trainer: TrainingLoop, processes: Processes) -> None:
         since = trainer.step
         return figures
 
-    trainer.train_step, trainer.report = train_step, report  # type: ignore[method-assign]
+    trainer.train_step, trainer.report = train_step, report  # type: ignore[assignment, method-assign]
 
 
 def _write(job: Job, row: dict[str, object]) -> None:

@@ -55,12 +55,12 @@ def load_checkpoint(
 
 def saved_settings(path: Path) -> dict[str, Any]:
     """Return the settings that a run to be gone on with was started with; none where there is no checkpoint."""
-    return _read(path)["settings"] if path.is_file() else {}
+    # Mapped: the tensors are not read. (Those that stay must not be mapped, or Windows could not replace the file.)
+    return _read(path, mmap=True)["settings"] if path.is_file() else {}
 
 
-def _read(path: Path) -> dict[str, Any]:
-    """Map a checkpoint into memory, so that what is not looked at is not read."""
+def _read(path: Path, mmap: bool = False) -> dict[str, Any]:
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
         raise InvalidParameterError(f"{path} is no checkpoint of a training run; delete it to begin anew.") from error

@@ -45,8 +45,8 @@ start from (--start-heads); without, the heads learn alone first.
 
 Progress is saved beside the result (.ckpt): the same command goes on where a stopped one was.
 
-On several GPUs, start it through accelerate, with the Python of .venv; a stopped run may go on with another number of
-them. On machines without a GPU it takes --multi_gpu too, and --device cpu here.
+For several GPUs start it through accelerate from .venv, one process a GPU (processes on a CPU: --multi_gpu there too,
+and --device cpu here). Every step's text is shared out; a stopped run may go on with another number of processes.
 
 examples:
   python launcher.py train --data data --out heads.safetensors --sees path --epochs 4

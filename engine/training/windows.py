@@ -71,8 +71,8 @@ def build_lanes(
     sizes = tuple(int(text.lengths[chosen].sum()) for chosen in documents)
     own = tuple(range(processes.index, len(sizes), processes.count))
     total, offset = sum(sizes[lane] for lane in own), 0
-    if not total:
-        report(f"process {processes.index + 1} has no part of so little text")
+    if len(sizes) < processes.count:
+        report(f"{text.num_tokens:,} tokens are work for {len(sizes)} of {processes.count} processes; the others wait")
     hidden = torch.empty(total, model.backbone.config.hidden_size, dtype=model.backbone.cos.dtype, device=model.device)
     tokens = torch.empty(total, dtype=torch.int64, device=model.device)
     run = torch.empty(total, dtype=torch.int8, device=model.device)
@@ -107,7 +107,8 @@ class WindowBatches:
         self.num_steps = max(1, self.num_slots // per_step)
         ends = torch.tensor([0, *(lanes.sizes[lane] for lane in lanes.own)]).cumsum(0).tolist()
         self._span = dict(zip(lanes.own, pairwise(ends), strict=True))
-        self._epoch, self._starts = -1, {}
+        self._epoch = -1
+        self._starts: dict[int, list[int]] = {}
 
     def batch(self, step: int) -> HeadBatch | None:
         """Return this process's part of a step, or None where it has nothing to learn from."""
