@@ -11,6 +11,7 @@ import signal
 import sys
 import threading
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, TextIO
@@ -108,16 +109,16 @@ def _answer_questions(args: argparse.Namespace, questions: Sequence[Question], o
     params = SamplingParams.from_dict(answer_settings(args))
     json_lines = args.json or args.prompts is not None
     with contextlib.ExitStack() as closing, stop_on_interrupt() as stop:
-        engine, kept_as = _load(args), None
+        loaded = _load(args)
+        answer = partial(answer_all, stop=stop, out=out, log=sys.stderr, json_lines=json_lines)
         if args.is_data_dir_given:
             from app.saved_answers import KeepingEngine, open_store
 
             store = closing.enter_context(contextlib.closing(open_store(args.data_dir)))
-            keeping = engine = KeepingEngine(engine, store)
-            kept_as = lambda: keeping.message_id  # noqa: E731
-        answer_all(
-            engine, questions, params, stop=stop, out=out, log=sys.stderr, json_lines=json_lines, kept_as=kept_as
-        )
+            keeping = KeepingEngine(loaded, store)
+            answer(keeping, questions, params, kept_as=lambda: keeping.message_id)
+        else:
+            answer(loaded, questions, params)
     return EXIT_INTERRUPTED if stop.is_set() else 0
 
 

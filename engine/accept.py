@@ -31,10 +31,11 @@ def accept_exact(
         path.append(child)
 
 
-def typical_threshold(probabilities: Tensor, epsilon: float, delta: float) -> Tensor:
+def typical_threshold(probabilities: Tensor, epsilon: float | Tensor, delta: float | Tensor) -> Tensor:
     """min(epsilon, delta * exp(-entropy)) of each row (arXiv 2401.10774, section 2.3.1): [..., vocab] -> [...]."""
     entropy = torch.special.entr(probabilities).sum(-1)
-    return torch.clamp(delta * torch.exp(-entropy), max=epsilon)
+    threshold = delta * torch.exp(-entropy)
+    return torch.where(threshold < epsilon, threshold, epsilon)
 
 
 def accept_typical(

@@ -108,11 +108,10 @@ class DecodeLoop:
 
     def _row(self, hidden: Tensor, above: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what the sampler needs to choose the token after a hidden state [hidden] and the tokens `above` it."""
-        position = tensor([self._runner.num_committed + len(above)])
-        tokens = tensor(above, dtype=torch.int64)
-        is_above = torch.ones(1, len(above), dtype=torch.bool)
         logits = self._runner.logits(hidden.unsqueeze(0))
-        return logits, *(part.to(logits.device) for part in (position, tokens, is_above))
+        position = tensor([self._runner.num_committed + len(above)]).to(logits.device)
+        tokens = tensor(above, dtype=torch.int64).to(logits.device)
+        return logits, position, tokens, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(0)
 
     def _fit(self, tree: CandidateTree) -> CandidateTree:
         """Fall back to the root alone where the tree would reach past the model's last position."""

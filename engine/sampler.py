@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional
 
 from engine.errors import InvalidParameterError
 from engine.penalties import TextHistory, apply_penalties
@@ -22,6 +23,7 @@ __all__ = ["Kind", "Sampler", "position_uniforms"]
 SCALE = 2.0**40  # the likeliest token's weight; the sum over 2^20 tokens is still an int64
 _CONTROLS = ("temperature", "top_k", "min_p", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _LONGEST_HEAD = 1024  # up to here, choosing the likeliest tokens is faster than ordering all of them
+_BLOCK = 256
 _INCREMENT, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
 
@@ -148,7 +150,7 @@ class Sampler:
 
     def _nucleus(self, weights: Tensor, total: Tensor) -> Tensor:
         """Keep the likeliest tokens, which come first, until they hold top_p of the total."""
-        before = weights.cumsum(-1) - weights
+        before = _running_sums(weights) - weights
         return torch.where(before < self._control("top_p") * total, weights, 0)
 
 
@@ -186,9 +188,18 @@ def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return logits.gather(-1, tokens), tokens
 
 
+def _running_sums(weights: Tensor) -> Tensor:
+    """Return the inclusive sums along each row; in blocks, as one long row occupies a single part of a GPU."""
+    rows, count = weights.shape
+    blocks = functional.pad(weights, (0, -count % _BLOCK)).view(rows, -1, _BLOCK).cumsum(-1)
+    ends = blocks[:, :, -1]
+    before = ends.cumsum(-1) - ends
+    return (blocks + before.unsqueeze(-1)).view(rows, -1)[:, :count]
+
+
 def _draw(kept: Kept, uniforms: Tensor) -> Tensor:
     """Draw a token for each row by inverse CDF: uniforms float64 [rows] -> int64 [rows]."""
-    sums = kept.weights.cumsum(-1)
+    sums = _running_sums(kept.weights)
     total = sums[:, -1]
     threshold = torch.minimum((uniforms * total).long(), total - 1)  # the product may round up to the total
     place = (sums <= threshold.unsqueeze(-1)).sum(-1)

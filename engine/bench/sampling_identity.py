@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from engine import Engine, EngineError, GenerationResult, SamplingParams
+from engine.cuda_runner import CudaRunner
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
 BIASED_TOKENS = 20_000  # biases go to tokens below: every model has them
@@ -106,6 +107,7 @@ def report(
         "comparisons_sampled": len(sampled),
         "tokens_per_step": round(mean(row.tokens_per_step for row in rows), 3) if rows else None,
         "notes": list(info.notes),
+        "capture_failure": engine._runner.graphs.failure if isinstance(engine._runner, CudaRunner) else "",
         "drawn": [params.to_dict() for params in settings],
         "rows": [asdict(row) for row in rows],
     }
@@ -146,7 +148,7 @@ def _answer(engine: Engine, prompt: str, settings: dict[str, Any]) -> Generation
 
 
 def _device_name(device: str) -> str:
-    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
+    return torch.cuda.get_device_name() if device == "cuda" else device
 
 
 def _write(path: Path, content: dict[str, Any]) -> None:
