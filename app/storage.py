@@ -206,6 +206,15 @@ class ConversationStore(DataFile):
             changes["settings"] = _dump(settings)
         self.update("messages", message_id, changes, MessageNotFoundError)
 
+    def answer_stats(self, model: str, limit: int = 600) -> list[dict[str, Any]]:
+        """The figures of the latest whole answers by a model, newest first."""
+        rows = self.rows(
+            "SELECT stats FROM messages WHERE role = 'assistant' AND status = 'complete' "
+            "AND json_extract(stats, '$.model') = ? ORDER BY num DESC LIMIT ?",
+            [model, limit],
+        )
+        return [json.loads(row["stats"]) for row in rows]
+
     def mark_interrupted(self) -> int:
         """Turn answers that a crash left running interrupted; returns how many. Call before an engine runs."""
         return self.change("UPDATE messages SET status = 'interrupted' WHERE status = 'running'")

@@ -10,9 +10,11 @@ export async function act(name, values = {}) {
   return take(await send(`/medusa/do/${name}`, { method: "POST", headers: { "content-type": "application/json" }, body }));
 }
 
-/** Import a file of conversations. */
-export async function importFile(file) {
-  return take(await send("/medusa/import", { method: "POST", body: file }));
+/** Import a file of conversations; `say` gets the sentence about it. Null after a refusal. */
+export async function importFile(file, say) {
+  const value = await send("/medusa/import", { method: "POST", body: file });
+  say(value.error || value.said);
+  return value.error ? null : take({ ...value, said: "" });
 }
 
 async function send(address, options) {

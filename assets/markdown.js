@@ -2,6 +2,8 @@
 // http, https and mailto, and pictures are shown as links, because loading one would tell a stranger what is read.
 
 import { copyText, el, iconButton } from "./dom.js";
+import { highlight } from "./highlight.js";
+import { formula } from "./math.js";
 
 /** Keeps `target` showing `text`; blocks that did not change keep their nodes, so a growing answer costs its last block. */
 export function renderMarkdown(target, text) {
@@ -21,6 +23,8 @@ const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
 const ITEM = /^( {0,3})([-*+]|\d{1,9}[.)])( +|$)/;
 const TABLE_RULE = /^ {0,3}\|?\s*:?-+:?\s*(\|\s*:?-+:?\s*)*\|?\s*$/;
+const FORMULA = /^ {0,3}(\$\$|\\\[)/; // on lines of its own
+const FORMULA_END = { "$$": "$$", "\\[": "\\]" };
 const MAX_NESTING = 12;
 
 /** Cut lines into blocks: each has the source it came from as `key`, and `build()` for its node. */
@@ -42,6 +46,10 @@ function splitBlocks(lines, depth = 0) {
 function readBlock(lines, at, depth) {
   const line = lines[at];
   if (FENCE.test(line)) return readFence(lines, at);
+  if (FORMULA.test(line)) {
+    const found = readFormula(lines, at);
+    if (found) return found;
+  }
   if (HEADING.test(line)) return [at + 1, () => buildHeading(line)];
   if (RULE.test(line)) return [at + 1, () => el("hr")];
   if (QUOTE.test(line) && depth < MAX_NESTING) return readQuote(lines, at, depth);
@@ -59,6 +67,18 @@ function readFence(lines, at) {
   return [Math.min(end + 1, lines.length), () => buildCode(code, language)];
 }
 
+/** A formula that fills whole lines, up to its closing mark; null where that has not come or more text follows it. */
+function readFormula(lines, at) {
+  const close = FORMULA_END[lines[at].match(FORMULA)[1]];
+  for (let end = at; end < lines.length && (end === at || lines[end].trim()); end += 1) {
+    const text = end === at ? lines[end].trim().slice(2) : lines[end].trim();
+    if (!text.includes(close)) continue;
+    const source = lines.slice(at, end + 1).join("\n").trim();
+    return text.endsWith(close) && text.indexOf(close) === text.length - 2 ? [end + 1, () => formula(source, true)] : null;
+  }
+  return null;
+}
+
 const isFenceEnd = (line, mark) => {
   const text = line.trim();
   return text.length >= mark.length && text === mark[0].repeat(text.length) && line.search(/\S/) < 4;
@@ -69,7 +89,7 @@ function buildCode(code, language) {
   const copy = iconButton("copy", "Copy code", () => copyText(code, copy));
   return el("div", { class: "code-block" },
     el("div", { class: "code-head" }, el("span", {}, name || "code"), copy),
-    el("pre", { tabindex: "0", "aria-label": name ? `${name} code` : "code" }, el("code", {}, code)));
+    el("pre", { tabindex: "0", "aria-label": name ? `${name} code` : "code" }, el("code", {}, ...highlight(code, name))));
 }
 
 function buildHeading(line) {
@@ -166,17 +186,19 @@ const build = (lines, depth) => splitBlocks(lines, depth).map((block) => block.b
 // Inline: the first alternative that matches wins; what matches none is text.
 const INLINE = new RegExp(
   [
-    /\\([!-/:-@[-`{-~])/, // 1 escaped punctuation
-    /(`+)([^]*?[^`])\2(?!`)/, // 2 3 code
-    /!\[([^\]\n]*)\]\(\s*<?([^\s)>]+)>?[^)\n]*\)/, // 4 5 picture
-    /\[((?:[^[\]\n]|\[[^\]\n]*\])+)\]\(\s*<?([^\s)>]+)>?[^)\n]*\)/, // 6 7 link
-    /<?(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}*_])>?/, // 8 bare address
-    /\*\*(?=\S)([^]*?\S)\*\*(?!\*)/, // 9 strong
-    /(?<![\p{L}\p{N}])__(?=\S)([^]*?\S)__(?![\p{L}\p{N}])/, // 10 strong
-    /\*(?=[^\s*])([^*]*?[^\s*])\*(?!\*)/, // 11 emphasis
-    /(?<![\p{L}\p{N}_])_(?=[^\s_])([^_]*?[^\s_])_(?![\p{L}\p{N}_])/, // 12 emphasis
-    /~~(?=\S)([^]*?\S)~~/, // 13 struck
-    /( *\n)/, // 14 line break
+    /(\$\$[^$]+?\$\$|\\\[[^]+?\\\])/, // 1 formula on lines of its own
+    /(\\\([^]+?\\\)|(?<![\w$\\])\$(?=[^\s$])(?:\\.|[^$\\\n])*?(?<=\S)\$(?![\w$]))/, // 2 formula
+    /\\([!-/:-@[-`{-~])/, // 3 escaped punctuation
+    /(`+)([^]*?[^`])\4(?!`)/, // 4 5 code
+    /!\[([^\]\n]*)\]\(\s*<?([^\s)>]+)>?[^)\n]*\)/, // 6 7 picture
+    /\[((?:[^[\]\n]|\[[^\]\n]*\])+)\]\(\s*<?([^\s)>]+)>?[^)\n]*\)/, // 8 9 link
+    /<?(https?:\/\/[^\s<>"'`]*[^\s<>"'`.,;:!?)\]}*_])>?/, // 10 bare address
+    /\*\*(?=\S)([^]*?\S)\*\*(?!\*)/, // 11 strong
+    /(?<![\p{L}\p{N}])__(?=\S)([^]*?\S)__(?![\p{L}\p{N}])/, // 12 strong
+    /\*(?=[^\s*])([^*]*?[^\s*])\*(?!\*)/, // 13 emphasis
+    /(?<![\p{L}\p{N}_])_(?=[^\s_])([^_]*?[^\s_])_(?![\p{L}\p{N}_])/, // 14 emphasis
+    /~~(?=\S)([^]*?\S)~~/, // 15 struck
+    /( *\n)/, // 16 line break
   ].map((part) => part.source).join("|"),
   "gu",
 );
@@ -195,7 +217,9 @@ function inline(text, depth = 0) {
 }
 
 function inlineNode(match, depth) {
-  const [whole, escaped, , code, pictureText, pictureUrl, linkText, linkUrl, address, strong, strong2, em, em2, struck] = match;
+  const [whole, display, within, escaped, , code, pictureText, pictureUrl, linkText, linkUrl, address, strong, strong2, em, em2, struck] = match;
+  if (display !== undefined) return formula(display, true);
+  if (within !== undefined) return formula(within, false);
   if (escaped !== undefined) return escaped;
   if (code !== undefined) return el("code", {}, code.replace(/\n/g, " ").replace(/^ (.*[^ ].*) $/, "$1"));
   if (pictureUrl !== undefined) return link(pictureUrl, [`🖼 ${pictureText || pictureUrl}`], whole);

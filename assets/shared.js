@@ -21,7 +21,7 @@ export const shared = {
 /** The page's own root; classes on it fold the sidebar and the panel. */
 export const root = document.documentElement;
 
-const remembered = (key) => {
+export const recall = (key) => {
   try {
     return localStorage.getItem(key);
   } catch {
@@ -29,9 +29,10 @@ const remembered = (key) => {
   }
 };
 
-const remember = (key, value) => {
+export const remember = (key, value) => {
   try {
-    localStorage.setItem(key, value);
+    if (value === null) localStorage.removeItem(key);
+    else localStorage.setItem(key, value);
   } catch {
     // see above
   }
@@ -60,10 +61,10 @@ export const isOpen = (part) => root.dataset[part] === "open";
 export const narrow = matchMedia("(max-width: 1099px)");
 
 function start() {
-  setTheme(remembered("medusa-theme"));
-  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(remembered("medusa-theme")));
+  setTheme(recall("medusa-theme"));
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => setTheme(recall("medusa-theme")));
   const adapt = () => {
-    for (const part of ["sidebar", "panel"]) setOpen(part, !narrow.matches && remembered(`medusa-${part}`) !== "closed");
+    for (const part of ["sidebar", "panel"]) setOpen(part, !narrow.matches && recall(`medusa-${part}`) !== "closed");
   };
   adapt();
   narrow.addEventListener("change", adapt);

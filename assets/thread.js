@@ -1,8 +1,11 @@
 // The conversation that is shown. Finished messages come with the thread's own value; the running answer's text comes
 // with the live view and grows in place.
 
-import { copyText, el, iconButton, setText } from "./dom.js";
+import { el, iconButton, setText } from "./dom.js";
+import { fillComposer } from "./drafts.js";
+import { followIfRunning } from "./follow.js";
 import { renderMarkdown } from "./markdown.js";
+import { addActions, showLeftOut, updateActions } from "./message_actions.js";
 import { shared } from "./shared.js";
 
 const EXAMPLES = [
@@ -22,7 +25,12 @@ export function mountThread({ element }) {
   element.replaceChildren(list, toEnd, spoken);
   const view = { scroller, list, toEnd, spoken, rows: new Map(), follows: true };
   scroller.addEventListener("scroll", () => noteScroll(view), { passive: true });
+  new ResizeObserver(() => keepEnd(view)).observe(list); // formulas grow when they are set
   shared.on("live", (live) => showLive(view, live));
+  shared.on("begun", (value) => {
+    view.follows = true;
+    followIfRunning(value);
+  });
   return (value) => value && showThread(view, value);
 }
 
@@ -34,6 +42,7 @@ function showThread(view, value) {
   for (const message of value.messages) {
     const row = view.rows.get(message.id) || buildRow(message);
     updateRow(row, message);
+    updateActions(row, message);
     rows.set(message.id, row);
   }
   view.rows = rows;
@@ -42,7 +51,18 @@ function showThread(view, value) {
   shared.tell("thread", value);
   showLive(view, shared.live);
   if (switched) view.follows = value.messages.length > 0;
-  keepEnd(view);
+  if (!lookAt(view)) keepEnd(view);
+}
+
+/** Bring the message that a search found into view, once. */
+function lookAt(view) {
+  const row = shared.lookFor && view.rows.get(shared.lookFor);
+  if (!row) return false;
+  shared.lookFor = null;
+  view.follows = false;
+  row.node.scrollIntoView({ block: "start" });
+  row.node.classList.add("found");
+  return true;
 }
 
 /** Show another conversation in the address, so that a reload and the back button find it. */
@@ -65,10 +85,10 @@ function buildRow(message) {
     row.error = el("p", { class: "answer-error", role: "alert", hidden: true });
     row.figures = el("span", { class: "figures" });
     row.medusa = el("span", { class: "tag" });
-    const copy = iconButton("copy", "Copy answer", () => copyText(row.text || "", copy));
-    row.foot = el("div", { class: "foot" }, row.figures, row.medusa, copy);
+    row.foot = el("div", { class: "foot" }, row.figures, row.medusa);
     node.append(row.error, row.foot);
   }
+  addActions(row, message);
   return row;
 }
 
@@ -98,6 +118,7 @@ function showLive(view, live) {
   setRunning(view, running);
   if (!row) return;
   updateRow(row, { role: "assistant", status: live.status, content: live.text, figures: live.figures, medusa: live.medusa, error: live.error });
+  showLeftOut(row, live.left_out);
   keepEnd(view);
 }
 
@@ -140,8 +161,6 @@ function showEmptyPage(view, empty) {
 
 /** Put an example into the text box, ready to be sent or changed. */
 function useExample(prompt) {
-  const box = document.querySelector("#composer-text textarea");
-  box.value = prompt;
-  box.dispatchEvent(new Event("input", { bubbles: true }));
-  box.focus();
+  fillComposer(prompt);
+  document.querySelector("#composer-text textarea").focus();
 }
