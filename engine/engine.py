@@ -53,6 +53,7 @@ class Engine:
         self._drafter, self._trees, self._heads_reason = drafter, trees, heads_reason
         self._notes = notes
         self._tuner: Tuner | None = None
+        self.learns = True  # whether answers tell the tuner what was accepted
         self._cached: list[int] = []  # the tokens behind the committed rows
         self._lock = threading.Lock()
 
@@ -201,7 +202,7 @@ class Engine:
 
     def _learn(self, tree: CandidateTree, taken: Sequence[DecodeStep], params: SamplingParams) -> None:
         """Let the tuner see an answer's steps: of exact acceptance what was accepted, of greedy ones the times too."""
-        if self._tuner is None:
+        if self._tuner is None or not self.learns:
             return
         if tree.num_drafted and not params.is_typical:
             self._tuner.learn(tree, [step.path for step in taken])

@@ -17,8 +17,8 @@ __all__ = ["SIZES", "StepTimer", "measure_step_times"]
 # costs the same, so no size there could be the better choice.
 SIZES = (0, 1, 2, 3, 4, 5, 7, 11, 15, 23, 31, 47, 63)
 _ROUNDS = 3
-_STEPS = 5  # timed steps of one size before the next one has its turn
-_LONG_TURN_MS = 200.0  # a turn ends early after this: large models on small machines are steady anyway
+_WARM_STEPS, _WARM_MS = 4, 25.0  # the first steps after a prompt find caches and clocks in another state
+_STEPS, _TURN_MS = 9, 60.0  # timed steps of one size before the next one has its turn; either ends it
 _AT_LEAST = 3  # sizes measured whatever it costs
 
 Measure = Callable[[int], list[float]]  # drafted nodes -> milliseconds of a few steps
@@ -59,10 +59,8 @@ class StepTimer:
         steps = loop.steps(self._tree(nodes))
         for _ in range(self._warm_steps):
             next(steps)
-        taken: list[float] = []
-        while len(taken) < _STEPS and sum(taken) < _LONG_TURN_MS:
-            taken.append(next(steps).duration_ms)
-        return taken
+        _few(steps, _WARM_STEPS - self._warm_steps, _WARM_MS)
+        return _few(steps, _STEPS, _TURN_MS)
 
     def _fill(self) -> None:
         """Bring the cache to all of the prompt but its last token."""
@@ -72,6 +70,14 @@ class StepTimer:
         self._truncate(0)
         self._loop(False).prefill(self._prompt[:-1])
         self._is_filled = True
+
+
+def _few(steps: Iterator[DecodeStep], count: int, limit_ms: float) -> list[float]:
+    """Run `count` steps, or fewer where they take longer than the limit together; return their milliseconds."""
+    taken: list[float] = []
+    while len(taken) < count and sum(taken) < limit_ms:
+        taken.append(next(steps).duration_ms)
+    return taken
 
 
 def measure_step_times(

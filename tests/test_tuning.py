@@ -231,10 +231,10 @@ def test_the_timer_warms_up_and_always_starts_from_the_same_text() -> None:
         tree=TREES.first,
         truncate=lambda length: log.append(length),
         prompt=[1, 2, 3, 4],
-        warm_steps=4,
+        warm_steps=2,
     )
-    assert timer(3) == [4.0, 5.0, 6.0, 7.0, 8.0]
-    assert timer(0) == [150.0, 150.0]  # long steps: few of them will do
+    assert timer(3) == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]  # 60 ms of them, after four
+    assert timer(0) == [150.0]  # long steps: few of them will do
     assert log == [0, (False, [1, 2, 3]), (True, [4]), 3, (False, [4])]
 
 
@@ -268,6 +268,7 @@ def test_no_paying_tree_makes_the_engine_decode_plainly(engine: Engine, monkeypa
 def test_the_engine_learns_from_its_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     learner = tuner(KNEE, engine._trees)
     monkeypatch.setattr(engine, "_tuner", learner)
+    monkeypatch.setattr(engine, "learns", True)
     *_, last = engine.stream(QUESTION, SamplingParams(max_tokens=30, tree_nodes=4))
     result = last.result
     assert result is not None
