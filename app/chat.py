@@ -19,7 +19,16 @@ from app.title_queue import TitleQueue
 from app.tree_view import TRACE_FORMAT
 from engine import EngineError, EngineInfo, GenerationChunk, SamplingParams
 
-__all__ = ["AnswerEngine", "ChatError", "ChatSession", "EngineState", "LoadEngine", "RunningAnswer", "Turn"]
+__all__ = [
+    "AnswerEngine",
+    "ChatError",
+    "ChatSession",
+    "EngineJob",
+    "EngineState",
+    "LoadEngine",
+    "RunningAnswer",
+    "Turn",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -52,6 +61,13 @@ class EngineState:
     info: EngineInfo | None = None
 
 
+class EngineJob(Protocol):
+    """Work for the engine that is no message, such as a race; done in the engine's thread, in turn with the answers."""
+
+    def run(self, engine: AnswerEngine | None, why_not: str) -> None: ...
+    def cancel(self) -> None: ...
+
+
 @dataclass(frozen=True)
 class Turn:
     """A user's message and the answer that was begun for it."""
@@ -70,8 +86,9 @@ class ChatSession:
         self._titles = TitleQueue(store) if titles else None
         self.engine_state = EngineState("loading", "Starting")
         self._load_engine = load_engine
-        self._queue: queue.SimpleQueue[RunningAnswer | None] = queue.SimpleQueue()
+        self._queue: queue.SimpleQueue[RunningAnswer | EngineJob | None] = queue.SimpleQueue()
         self._answers: dict[str, RunningAnswer] = {}  # by conversation: at most one each
+        self._jobs: list[EngineJob] = []
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._work, name="engine", daemon=True)
@@ -91,6 +108,8 @@ class ChatSession:
             answers = list(self._answers.values())
         for answer in answers:
             answer.stop.set()
+        for job in list(self._jobs):
+            job.cancel()
         self._put(None)
         if self._thread.is_alive():
             self._thread.join(timeout_s)
@@ -179,7 +198,12 @@ class ChatSession:
         self._put(answer)
         return Turn(user.conversation_id, user.id, answer.message_id)
 
-    def _put(self, answer: RunningAnswer | None) -> None:
+    def submit(self, job: EngineJob) -> None:
+        """Let the engine do something else in its turn."""
+        self._jobs.append(job)
+        self._put(job)
+
+    def _put(self, answer: RunningAnswer | EngineJob | None) -> None:
         self._queue.put(answer)
         if self._titles is not None:
             self._titles.interrupt()
@@ -214,13 +238,24 @@ class ChatSession:
     def _work(self) -> None:
         engine = self._load()
         while (answer := self._next(engine)) is not None:
+            if not isinstance(answer, RunningAnswer):
+                self._do(engine, answer)
+                continue
             try:
                 self._write(engine, answer)
             except Exception:  # the store failed: the page is told, the thread lives on for the next message
                 _log.exception("An answer could not be saved")
                 self._leave(answer, "error", "The answer could not be saved; check the disk's free space.")
 
-    def _next(self, engine: AnswerEngine | None) -> RunningAnswer | None:
+    def _do(self, engine: AnswerEngine | None, job: EngineJob) -> None:
+        try:
+            job.run(engine, self.engine_state.message)
+        except Exception:  # a job tells its own failures; the thread lives on
+            _log.exception("The engine could not do what was asked")
+        finally:
+            self._jobs.remove(job)
+
+    def _next(self, engine: AnswerEngine | None) -> RunningAnswer | EngineJob | None:
         """The next answer; titles are written while there is none."""
         while self._titles and engine is not None:
             self._titles.rearm()
@@ -254,6 +289,8 @@ class ChatSession:
             except Exception as failure:
                 status, error = "error", _sentence(failure)
         self._keep(answer, status, error)
+        if engine is not None:  # what it says of the tree's size goes on with every answer
+            self.engine_state = EngineState("ready", info=engine.info)
         if status == "complete" and self._titles is not None:
             self._titles.ask_for(answer.conversation_id)
         self._leave(answer, status, error)

@@ -31,8 +31,10 @@ from app.actions import Actions  # noqa: E402
 from app.chat import ChatSession, LoadEngine  # noqa: E402
 from app.handlers import Handlers  # noqa: E402
 from app.local_only import LocalOnly  # noqa: E402
+from app.page_data import page_value  # noqa: E402
 from app.routes import add_routes  # noqa: E402
 from app.single_instance import InstanceLock  # noqa: E402
+from app.status import engine_view  # noqa: E402
 from app.storage import ConversationStore, StorageError  # noqa: E402
 from app.trace import trace_json  # noqa: E402
 from app.ui import ASSETS, build_ui, page_options  # noqa: E402
@@ -92,6 +94,11 @@ def build_app(session: ChatSession) -> FastAPI:
             return PlainTextResponse("No steps were kept for this answer.", status_code=404)
         return Response(steps, media_type="application/json", headers={"cache-control": "no-store"})
 
+    def engine() -> Response:
+        view = page_value(engine_view(session))
+        return Response(view, media_type="application/json", headers={"cache-control": "no-store"})
+
+    app.add_api_route("/medusa/engine", engine, methods=["GET"], response_model=None)
     app.add_api_route("/medusa/trace", trace, methods=["GET"], response_model=None)
     app.add_api_route("/medusa/follow", follow, methods=["GET"], response_model=None)
     add_routes(app, Actions(session))

@@ -1,11 +1,13 @@
 // The page's scripts start here: the views that gr.HTML components mount, and what they share.
 
 import { mountConversations } from "./conversations.js";
+import { startEngine } from "./engine.js";
 import { followIfRunning } from "./follow.js";
 import { mountLive } from "./live.js";
 import { mountNotice, mountStatus } from "./status.js";
 import { mountThread } from "./thread.js";
 import { currentSettings, startSettings } from "./settings.js";
+import { startTokens } from "./tokens.js";
 import { mountTools } from "./tools.js";
 import { shared } from "./shared.js";
 
@@ -31,5 +33,7 @@ function mount(name, component) {
 }
 
 startSettings();
+startEngine();
+startTokens();
 window.MedusaChat = { mount, wanted: () => shared.wanted, settings: currentSettings };
 window.dispatchEvent(new Event("medusa-chat-ready"));

@@ -18,6 +18,8 @@ export function mountStatus({ element }) {
     theme.setAttribute("aria-label", dark ? "Light theme" : "Dark theme");
     theme.title = theme.getAttribute("aria-label");
   };
+  const gain = el("span", { class: "gain-place" });
+  shared.on("engine", (engine) => gain.replaceChildren(...gainOf(engine)));
   const showPanel = (open) => panel.setAttribute("aria-expanded", String(open));
   shared.on("theme", showTheme);
   shared.on("panel", showPanel);
@@ -26,7 +28,8 @@ export function mountStatus({ element }) {
   return (value) => {
     shared.contextSize = value?.max_context || 0;
     shared.tell("size");
-    facts.replaceChildren(...(value ? factsOf(value) : []));
+    shared.tell("status", value);
+    facts.replaceChildren(...(value ? factsOf(value) : []), gain);
     if (value) document.documentElement.dataset.medusa = value.medusa ? "ready" : value.phase === "ready" ? "missing" : "unknown";
   };
 }
@@ -47,8 +50,22 @@ function factsOf(value) {
   ];
 }
 
-function badge(kind, text) {
-  return el("span", { class: `badge ${kind}`, title: text }, kind === "good" ? null : icon("warning"), el("span", {}, text));
+/** What Medusa gains on this machine, by its own answers; before there are enough, what its step times promise. */
+function gainOf(engine) {
+  const { gain, medusa, plain, answers } = engine.measured || {};
+  if (!engine.medusa) return [];
+  if (gain) {
+    const basis = `${medusa} tokens/s with Medusa (${answers[0]} answers), ${plain} without (${answers[1]}): medians of this machine`;
+    if (gain < 0.98) return [badge("warn", `×${gain.toFixed(2)}: slower, measured here`, basis)];
+    return [badge("good", gain < 1.02 ? "no faster, measured here" : `×${gain.toFixed(1)} faster, measured here`, basis)];
+  }
+  const promised = engine.tuning?.expected_gain;
+  if (engine.tuning?.chosen === 0) return [badge("warn", "Medusa does not pay here: answers are decoded plainly", engine.tuning.reason)];
+  return promised > 1 ? [badge("plain", `×${promised.toFixed(1)} expected`, "From step times measured here. Answer with and without Medusa, or race them, to measure it here.")] : [];
+}
+
+function badge(kind, text, basis = text) {
+  return el("span", { class: `badge ${kind}`, title: basis }, ["good", "plain"].includes(kind) ? null : icon("warning"), el("span", {}, text));
 }
 
 function megabytes(bytes) {

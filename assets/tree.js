@@ -1,15 +1,19 @@
-// The candidate tree, left to right. A shape is laid out once; from then on a step only changes labels and classes.
+// The candidate tree, left to right: the root, one column a head, and below a slot in each column for the backbone's own
+// token. A shape is laid out once; from then on a step changes labels and classes only.
 
 import { setText, svg } from "./dom.js";
+import { visible } from "./trace.js";
 
-const MIN_COLUMN_PX = 84;
 const RADIUS = 5;
-const CHARACTER_PX = 6.6; // of the 11 px monospace labels
+const LEFT = 12;
+const HEAD_ROOM = 22; // for the names of the columns
+const MIN_COLUMN_PX = 52;
+const SMALL = 12; // nodes: up to here there is room for each one's probability
 
 /** Show `step` in `target`, reusing the drawing where the tree has the same shape and room as before. */
 export function drawTree(target, step) {
   const width = target.clientWidth || 360;
-  const key = `${step.parents.join(",")}@${Math.round(width / 24)}`;
+  const key = `${step.parents.join(",")}@${Math.round(width / 16)}`;
   if (target.drawing?.key !== key) {
     target.drawing = { key, ...build(step.parents, width) };
     target.replaceChildren(target.drawing.node);
@@ -26,9 +30,11 @@ function layout(parents, width) {
     children[parent].push(node);
     depth[node] = depth[parent] + 1;
   });
+  const deepest = Math.max(...depth);
   const leaves = children.filter((list) => list.length === 0).length;
-  const rowHeight = leaves <= 10 ? 30 : leaves <= 20 ? 23 : 17;
-  const column = Math.max(MIN_COLUMN_PX, (width - 24) / (Math.max(...depth) + 1));
+  const small = parents.length <= SMALL;
+  const rowHeight = small ? 48 : leaves <= 14 ? 28 : leaves <= 24 ? 22 : 17;
+  const column = Math.max(MIN_COLUMN_PX, Math.min(150, (width - LEFT - 4) / (deepest + 2)));
   const rows = parents.map(() => 0);
   let next = 0;
   const place = (node) => {
@@ -37,24 +43,40 @@ function layout(parents, width) {
     rows[node] = own.length ? (own[0] + own[own.length - 1]) / 2 : next++;
   };
   place(0);
-  const points = parents.map((_, node) => ({ x: 14 + depth[node] * column, y: 20 + rows[node] * rowHeight }));
-  return { points, column, width: column * (Math.max(...depth) + 1) + 14, height: Math.max(1, leaves) * rowHeight + 6 };
+  const top = HEAD_ROOM + (small ? 22 : 16);
+  const x = (level) => LEFT + level * column;
+  return {
+    points: parents.map((_, node) => ({ x: x(depth[node]), y: top + rows[node] * rowHeight })),
+    slots: Array.from({ length: deepest + 1 }, (_, level) => ({ x: x(level + 1), y: top + leaves * rowHeight + (small ? 0 : 8) })),
+    depth, deepest, column, small,
+    width: x(deepest + 2),
+    height: top + leaves * rowHeight + (small ? 14 : 20),
+  };
 }
 
 function build(parents, width) {
   const plan = layout(parents, width);
   const edges = parents.map((parent, node) => (parent < 0 ? null : svg("path", { class: "edge", d: curve(plan.points[parent], plan.points[node]) })));
-  const nodes = parents.map((_, node) => buildNode(plan.points[node]));
-  const node = svg("svg", { width: plan.width, height: plan.height, viewBox: `0 0 ${plan.width} ${plan.height}`, "aria-hidden": "true" },
-    svg("g", {}, ...edges.filter(Boolean)), svg("g", {}, ...nodes.map((each) => each.group)));
-  return { node, edges, nodes, room: Math.floor((plan.column - 20) / CHARACTER_PX) };
+  // From every node to the slot beside it: all are laid out, and the step's own one is shown.
+  const ways = parents.map((_, node) => svg("path", { class: "way", d: curve(plan.points[node], plan.slots[plan.depth[node]]) }));
+  const nodes = parents.map((_, node) => buildNode(plan.points[node], plan.small));
+  const slots = plan.slots.map((point) => buildNode(point, plan.small, true));
+  const columns = ["last", ...plan.slots.map((_, level) => (level < plan.deepest ? `head ${level + 1}` : "next"))];
+  const names = columns.map((name, level) => svg("text", { class: "column-name", x: LEFT + level * plan.column - 4, y: 11 }, name));
+  const node = svg("svg", { width: plan.width, height: plan.height, viewBox: `0 0 ${plan.width} ${plan.height}`, "aria-hidden": "true",
+    class: plan.small ? "small" : "" },
+  svg("g", { class: "columns" }, ...names),
+  svg("g", {}, ...ways, ...edges.filter(Boolean)), svg("g", {}, ...slots.map((each) => each.group), ...nodes.map((each) => each.group)));
+  return { node, edges, ways, nodes, slots, room: Math.floor((plan.column - 12) / (plan.small ? 7.3 : 6.4)) };
 }
 
-function buildNode({ x, y }) {
-  const dot = svg("circle", { cx: x, cy: y, r: RADIUS });
-  const label = svg("text", { x: x + RADIUS + 3, y: y - 5 }); // above the line that leads on
+function buildNode({ x, y }, small, slot = false) {
+  const dot = svg("circle", { cx: x, cy: y, r: small ? RADIUS + 1 : RADIUS });
+  const label = svg("text", { class: "label", x: x + (small ? -3 : RADIUS + 2), y: y - (small ? 11 : 5) }); // above its line
+  const chance = small && !slot ? svg("text", { class: "chance", x: x - 3, y: y + 18 }) : null;
   const title = svg("title");
-  return { group: svg("g", { class: "node" }, dot, label, title), label, title };
+  const group = svg("g", { class: "node" }, title, dot, label, chance);
+  return { group, dot, label, chance, title };
 }
 
 function curve(from, to) {
@@ -70,19 +92,46 @@ function mark(drawing, step) {
     const kind = index === 0 ? "root" : accepted.has(index) ? "accepted" : "rejected";
     const probability = step.probabilities[index];
     setClass(node.group, `node ${kind}`);
-    setText(node.label, shorten(step.labels[index], drawing.room));
-    setText(node.title, `${JSON.stringify(step.labels[index])}, ${kind === "root" ? "already in the text" : `${kind}, guessed with ${Math.round(probability * 100)} %`}`);
-    node.group.style.opacity = kind === "rejected" ? String(0.5 + 0.5 * Math.sqrt(probability)) : "1";
-    if (drawing.edges[index]) setClass(drawing.edges[index], accepted.has(index) ? "edge accepted" : "edge");
+    label(node, step.labels[index], drawing.room);
+    setText(node.title, `${JSON.stringify(step.labels[index])}: ${kind === "root" ? "already in the text" : `${kind}, guessed with ${percent(probability)}`}`);
+    if (node.chance) setText(node.chance, kind === "root" ? "" : percent(probability));
+    const opacity = kind === "rejected" ? (0.35 + 0.65 * Math.sqrt(probability)).toFixed(2) : "1";
+    setStyle(node.dot, opacity);
+    if (!drawing.edges[index]) return;
+    setClass(drawing.edges[index], accepted.has(index) ? "edge accepted" : "edge");
+    setStyle(drawing.edges[index], opacity);
   });
-  for (const index of step.path.slice(1)) drawing.edges[index].parentNode.append(drawing.edges[index]); // in front
+  markOwn(drawing, step);
+}
+
+/** The backbone's own token stands in the slot after the last accepted node. */
+function markOwn(drawing, step) {
+  const last = step.path[step.path.length - 1];
+  const own = step.texts.length > step.accepted ? step.texts[step.accepted] : null;
+  drawing.ways.forEach((way, node) => setClass(way, own !== null && node === last ? "way shown" : "way"));
+  drawing.slots.forEach((slot, level) => {
+    const shown = own !== null && level === step.path.length - 1;
+    setClass(slot.group, shown ? "slot shown" : "slot");
+    label(slot, shown ? own : "", drawing.room);
+    setText(slot.title, shown ? `${JSON.stringify(own)}: the model's own next token` : "");
+  });
+}
+
+const percent = (probability) => `${Math.round(probability * 100)} %`;
+
+function label(node, text, room) {
+  setText(node.label, text === "" ? "" : shorten(text, room));
 }
 
 function setClass(node, name) {
   if (node.getAttribute("class") !== name) node.setAttribute("class", name);
 }
 
+function setStyle(node, opacity) {
+  if (node.style.opacity !== opacity) node.style.opacity = opacity;
+}
+
 function shorten(text, room) {
-  const shown = text.replace(/^ /, "").replace(/ /g, "·").replace(/\n/g, "↵").replace(/\t/g, "⇥") || "·";
+  const shown = text.trim() === "" ? visible(text) : visible(text.replace(/^ /, ""));
   return shown.length > room ? `${shown.slice(0, Math.max(1, room - 1))}…` : shown;
 }

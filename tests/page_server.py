@@ -13,7 +13,7 @@ from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from fake_engine import INFO, FakeEngine, loader  # noqa: E402
+from fake_engine import INFO, REPLY, FakeEngine, large_shape, loader  # noqa: E402
 
 from app.server import run_server, serve  # noqa: E402
 
@@ -27,7 +27,12 @@ def main(options: dict[str, Any]) -> int:
         if options.get("no_heads")
         else INFO
     )
-    engine = FakeEngine(pace_s=options.get("pace_s", 0.01), info=info, fail_after=options.get("fail_after"))
+    shape = large_shape(options["tree"], options.get("depth", 5)) if "tree" in options else None
+    info = replace(info, max_context=options.get("max_context", info.max_context))
+    reply = options.get("reply", REPLY)
+    engine = FakeEngine(
+        reply=reply, pace_s=options.get("pace_s", 0.01), info=info, fail_after=options.get("fail_after"), shape=shape
+    )
     titles = options.get("titles", False)
     return run_server(loader(engine), port=port, data_dir=data_dir, open_browser=False, titles=titles)
 
