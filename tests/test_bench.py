@@ -23,7 +23,7 @@ SETUP = {"model": "bundled", "device": "cpu", "quantize": "auto", "heads": "auto
 PEER = """
 import json, sys
 assert json.loads(sys.argv[1]) == {"kind": "made up"}
-print(json.dumps({"ready": True}), flush=True)
+print(json.dumps({"ready": True, "about": "made up"}), flush=True)
 for line in sys.stdin:
     asked = json.loads(line)
     if asked["max_tokens"] == 13:
@@ -97,6 +97,7 @@ def test_a_peer_answers_from_its_own_process() -> None:
         drafting = ProcessContender("b", process, lookup=True).run([1, 2, 3], 5, frozenset({9}))
     finally:
         process.close()
+    assert process.about == "made up"
     assert plain == Run((3, 2, 1), 3, 5.0, 10.0, 2, 2)
     assert (plain.tokens_per_second, drafting.tokens_per_second, drafting.tokens_per_step) == (200.0, 400.0, 2.0)
 

@@ -20,7 +20,10 @@ class PeerError(Exception):
 
 
 class PeerProcess:
-    """Runs `engine.bench.peers` with `settings` (see `serve` there); `command` is replaced in tests."""
+    """Runs `engine.bench.peers` with `settings` (see `serve` there); `about` is what it says of its build.
+
+    `command` is replaced in tests.
+    """
 
     def __init__(self, settings: dict[str, Any], command: Sequence[str] = ()) -> None:
         self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115 - lives as long as the process
@@ -33,7 +36,7 @@ class PeerProcess:
             stderr=self._said,
             text=True,
         )
-        self._read()
+        self.about = self._read()["about"]
 
     def ask(self, prompt: Sequence[int], max_tokens: int, ends: Ends, lookup: bool) -> Run:
         """Have one answer written. Raises PeerError where the process ended."""

@@ -49,6 +49,7 @@ class Transformers:
             )
         source, extra = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
         model = AutoModelForCausalLM.from_pretrained(str(source), **extra, **settings)
+        self.about = f"torch {torch.__version__}, {threads} threads"
         self._model = model.eval() if dtype == "nf4" else model.to(device).eval()
         self._threads = threads
 
@@ -82,6 +83,7 @@ class LlamaCpp:
     def __init__(self, path: Path, device: str, threads: int, context: int) -> None:
         import llama_cpp
 
+        self.about = llama_cpp.llama_print_system_info().decode().strip(" |")  # what it was built for
         self._llama = llama_cpp.Llama(
             model_path=str(path),
             n_ctx=context,
@@ -133,7 +135,7 @@ def serve(settings: dict[str, Any]) -> None:
         peer = LlamaCpp(path, device, threads, settings["context"])
     else:
         peer = Transformers(path, device, settings["dtype"], threads)
-    print(json.dumps({"ready": True}), file=replies, flush=True)
+    print(json.dumps({"ready": True, "about": peer.about}), file=replies, flush=True)
     for line in sys.stdin:
         asked = json.loads(line)
         run = peer.run(asked["prompt"], asked["max_tokens"], frozenset(asked["ends"]), asked["lookup"])

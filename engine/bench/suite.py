@@ -62,6 +62,7 @@ class Peers:
     slow: list[Contender] = field(default_factory=list)
     left_out: dict[str, str] = field(default_factory=dict)
     processes: list[PeerProcess] = field(default_factory=list)
+    about: dict[str, str] = field(default_factory=dict)
 
     def ask(self, contender: Contender, prompt: Sequence[int], max_tokens: int, ends: Ends) -> Run | None:
         """Have a contender answer; one whose process has ended is left out from then on."""
@@ -105,6 +106,7 @@ def run_suite(setup: Setup, plan: Plan, say: Say) -> dict[str, Any]:
             "answers": _part(lambda: _answers(engine, own, peers, plan, say)),
             "contexts": _part(lambda: _contexts(engine, [*own, *peers.fast], peers, plan, say)),
             **fresh,
+            "peers": peers.about,
             "left_out": peers.left_out,
         }
     finally:
@@ -178,6 +180,7 @@ def _start_peer(peers: Peers, group: list[Contender], name: str, settings: dict[
     try:
         process = PeerProcess(settings)
         peers.processes.append(process)
+        peers.about[name] = process.about
         process.ask([1, 2, 3, 4], 4, frozenset(), False)  # what loads fast may still not run here
     except PeerError as error:
         peers.left_out[name] = str(error)
