@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import launcher
 from app import cli_bench
 from engine import Engine
 from engine.bench import readme_table, suite
@@ -219,10 +220,13 @@ def test_a_part_that_failed_is_named_and_the_others_are_shown() -> None:
     assert "0.50x" in text
 
 
-def arguments(**given: object) -> argparse.Namespace:
-    parser = argparse.ArgumentParser()
-    cli_bench.add_arguments(parser)
-    return argparse.Namespace(**{**vars(parser.parse_args([])), **SETUP, **given})
+def arguments(*words: str, **given: object) -> argparse.Namespace:
+    return argparse.Namespace(**{**vars(launcher.parse("bench", launcher.COMMANDS["bench"], list(words))), **given})
+
+
+def test_out_without_a_place_is_the_package_s_results() -> None:
+    assert arguments("--quick", "--out").out == cli_bench.RESULTS == readme_table.RESULTS
+    assert arguments().out is None
 
 
 def test_bad_input_is_refused_before_anything_is_measured(
