@@ -47,8 +47,9 @@ class Transformers:
             settings["quantization_config"] = BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16
             )
-        source, extra = (path.parent, {"gguf_file": path.name}) if path.is_file() else (path, {})
-        model = AutoModelForCausalLM.from_pretrained(str(source), **extra, **settings)
+        source: Path = path.parent if path.is_file() else path
+        extra = {"gguf_file": path.name} if path.is_file() else {}
+        model: Any = AutoModelForCausalLM.from_pretrained(str(source), **extra, **settings)
         self.about = f"torch {torch.__version__}, {threads} threads"
         self._model = model.eval() if dtype == "nf4" else model.to(device).eval()
         self._threads = threads

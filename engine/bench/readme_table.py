@@ -30,20 +30,9 @@ class Row(NamedTuple):
 
 def bench(report: Report) -> Iterator[Row]:
     """Rows of `launcher.py bench --peers --out`."""
-    where = f"{_device(report)}, {report['date']}"
+    where = f"{report['hardware']['device']}, {report['date']}"
     command = "python launcher.py bench --peers"
-    answers = report["answers"]
-    names, speeds = zip(
-        *((name, row["tokens_per_second"]["median"]) for name, row in answers["contenders"].items()), strict=True
-    )
-    name = report["model"]["name"]
-    yield Row(
-        f"{name}, tokens/s: {' / '.join(_short(name) for name in names)} "
-        f"(medians of {answers['prompts']} prompts; {_sameness(answers)})",
-        " / ".join(f"{speed:.0f}" for speed in speeds),
-        where,
-        command,
-    )
+    yield from _speed_rows(report, where, command)
     yield from _context_rows(report["contexts"], where, command)
     start, memory = report["start"], report["memory"]
     if "error" not in start:
@@ -140,6 +129,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
+def _speed_rows(report: Report, where: str, command: str) -> Iterator[Row]:
+    answers, model = report["answers"], report["model"]
+    speeds = {name: row["tokens_per_second"]["median"] for name, row in answers["contenders"].items()}
+    library = [name for name in speeds if name.startswith("transformers")]
+    others = [name for name in speeds if name not in library]
+    about = f"medians of {answers['prompts']} prompts; {_sameness(answers)}"
+    yield Row(
+        f"{model['name']}, {model['weights']}: {' / '.join(others)} ({about})",
+        " / ".join(f"{speeds[name]:.0f}" for name in others) + " tokens/s",
+        where,
+        command,
+    )
+    if library:
+        yield Row(
+            f"the same in transformers' `generate`: {' / '.join(_short(name) for name in library)}",
+            " / ".join(f"{speeds[name]:.0f}" for name in library) + " tokens/s",
+            where,
+            command,
+        )
+
+
 def _context_rows(contexts: Report, where: str, command: str) -> Iterator[Row]:
     if "error" in contexts or not contexts["lengths"]:
         return
@@ -154,13 +164,8 @@ def _context_rows(contexts: Report, where: str, command: str) -> Iterator[Row]:
         yield Row(f"decode speed behind {shown} tokens, {_short(name)}", f"{speed} tokens/s", where, command)
 
 
-def _device(report: Report) -> str:
-    hardware, model = report["hardware"], report["model"]
-    return f"{hardware['device']} ({model['weights']})"
-
-
 def _short(name: str) -> str:
-    return name.replace("transformers", "`generate`").replace("prompt lookup", "lookup")
+    return name.removeprefix("transformers ")
 
 
 def _sameness(answers: Report) -> str:

@@ -63,16 +63,15 @@ def _answers(part: Mapping[str, Any]) -> str:
 
 
 def _tuning(part: Mapping[str, Any]) -> str:
-    tokens, times = part["tokens_per_step"], part["step_ms"]
-    plain = _at(times, 0)
+    times = {int(size): ms for size, ms in part["step_ms"].items()}  # JSON has turned sizes into text
+    tokens = {int(size): value for size, value in part["tokens_per_step"].items()}
     rows = []
-    for size in part["nodes"]:
-        expected = _at(tokens, size)
-        gain = "-" if expected is None else f"{expected * plain / _at(times, size):.2f}x"
+    for size, ms in times.items():
+        expected, gain = "-", "-"
+        if size in tokens:
+            expected, gain = f"{tokens[size]:.2f}", f"{tokens[size] * times[0] / ms:.2f}x"
         mark = " <- chosen" if size == part["chosen"] else ""
-        step = _at(times, size)
-        expected_text = "-" if expected is None else f"{expected:.2f}"
-        rows.append((str(size), f"{step:.2f}", f"{step / plain:.2f}x", expected_text, gain + mark))
+        rows.append((str(size), f"{ms:.2f}", f"{ms / times[0]:.2f}x", expected, gain + mark))
     head = ("drafted nodes", "step, ms", "to plain", "tokens/step", "expected gain")
     return f"{_table(head, rows)}\n{part['reason']}"
 
@@ -111,11 +110,6 @@ def _start(part: Mapping[str, Any]) -> str:
         f"From the start of a process to its first token: {seconds['median']:.2f} s "
         f"({seconds['lowest']:.2f}-{seconds['highest']:.2f})."
     )
-
-
-def _at(by_size: Mapping[Any, float], size: int) -> float | None:
-    """Look up a size, which JSON turns into text."""
-    return by_size.get(size, by_size.get(str(size)))
 
 
 def _table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
