@@ -21,6 +21,8 @@ from engine.tree import CandidateTree
 
 __all__ = ["PLAIN", "DecodeLoop"]
 
+_SCORED_TOGETHER = 12  # rows of lm_head; more cost more than the few that lie on a path
+
 PLAIN = CandidateTree.from_choices([])  # the root alone: plain decoding
 
 
@@ -49,7 +51,7 @@ class DecodeLoop:
             self._sampler.start(self._params, self._seed, [*cached, *tokens])
         self._hidden = self._runner.prefill(tokens)
         if self._sampler:
-            self._root = int(self._sampler.choose(*self._row(self._hidden, [])))
+            self._root = int(self._sampler.choose(*self._row(self._runner.logits(self._hidden.unsqueeze(0)), [])))
         else:
             self._root = int(self._runner.greedy(self._hidden.unsqueeze(0)))
         return self._root
@@ -83,9 +85,13 @@ class DecodeLoop:
         if sampler is None:  # all nodes at once: lm_head is read once
             return Verified(*accept_exact(tree, draft.tokens, self._runner.greedy(hidden).tolist().__getitem__))
 
-        # A draw costs more than lm_head, so only nodes on the way pay for it, one row at a time.
+        # lm_head is read once for a few rows, which costs as much as for one; only nodes on the way are drawn for.
+        scored = self._runner.logits(hidden) if len(hidden) <= _SCORED_TOGETHER else None
+
         def row(node: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-            return self._row(hidden[node], [draft.tokens[above] for above in tree.path_to(node)])
+            here = slice(node, node + 1)
+            logits = self._runner.logits(hidden[here]) if scored is None else scored[here]
+            return self._row(logits, [draft.tokens[above] for above in tree.path_to(node)])
 
         def target(node: int) -> int:
             return int(sampler.choose(*row(node)))
@@ -106,9 +112,8 @@ class DecodeLoop:
         self._runner.commit(path)
         self._hidden, self._root = hidden[path[-1]], bonus
 
-    def _row(self, hidden: Tensor, above: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Return what the sampler needs to choose the token after a hidden state [hidden] and the tokens `above` it."""
-        logits = self._runner.logits(hidden.unsqueeze(0))
+    def _row(self, logits: Tensor, above: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Return what the sampler needs to choose from logits [1, vocab] the token after those `above` it."""
         position = tensor([self._runner.num_committed + len(above)]).to(logits.device)
         tokens = tensor(above, dtype=torch.int64).to(logits.device)
         return logits, position, tokens, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(0)

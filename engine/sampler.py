@@ -134,19 +134,24 @@ class Sampler:
         return Kept(self._nucleus(weights, weights.sum(-1, keepdim=True)), tokens)
 
     def _kept_of_few(self, logits: Tensor, best: Tensor) -> Kept | None:
-        """Find the same tokens without putting all in order, or None where they are many. Waits: for a CPU only."""
-        if float(self._control("top_k")) < self.vocab_size or self.vocab_size <= _LONGEST_HEAD:
+        """Find the nucleus of one row without putting all tokens in order, or None. Waits: for a CPU only.
+
+        Tokens that have less than an even share of what the nucleus leaves out cannot be needed to fill it.
+        """
+        if len(logits) > 1 or float(self._control("top_k")) < self.vocab_size:
             return None
-        values, tokens = _likeliest(logits, _LONGEST_HEAD)
-        weights, total = self._weights(values, best), self._weights(logits, best).sum(-1, keepdim=True)
-        if bool((weights.sum(-1, keepdim=True) < self._control("top_p") * total).any()):
-            return None
-        return Kept(self._nucleus(weights, total), tokens)
+        weights, top_p = self._weights(logits, best), float(self._control("top_p"))
+        total = weights.sum(-1, keepdim=True)
+        share = int(0.99 * (1 - top_p) * int(total) / self.vocab_size)  # a little less, for what floats round
+        tokens = (weights[0] > share).nonzero().flatten()
+        order = torch.sort(logits[0, tokens] + 0.0, descending=True, stable=True).indices
+        tokens = tokens[order].unsqueeze(0)
+        return Kept(self._nucleus(weights.gather(-1, tokens), total), tokens)
 
     def _weights(self, logits: Tensor, best: Tensor) -> Tensor:
         """Return exp((logit - best) / temperature) in fixed point, 0 below min_p."""
         weights = (torch.exp((logits.double() - best) / self._control("temperature")) * SCALE).round()
-        return torch.where(weights >= self._control("min_p") * SCALE, weights, 0).long()
+        return (weights * (weights >= self._control("min_p") * SCALE)).long()
 
     def _nucleus(self, weights: Tensor, total: Tensor) -> Tensor:
         """Keep the likeliest tokens, which come first, until they hold top_p of the total."""
