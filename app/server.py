@@ -32,6 +32,7 @@ from app.chat import ChatSession, LoadEngine  # noqa: E402
 from app.handlers import Handlers  # noqa: E402
 from app.local_only import LocalOnly  # noqa: E402
 from app.page_data import page_value  # noqa: E402
+from app.race import race_events  # noqa: E402
 from app.routes import add_routes  # noqa: E402
 from app.single_instance import InstanceLock  # noqa: E402
 from app.status import engine_view  # noqa: E402
@@ -98,6 +99,11 @@ def build_app(session: ChatSession) -> FastAPI:
         view = page_value(engine_view(session))
         return Response(view, media_type="application/json", headers={"cache-control": "no-store"})
 
+    async def race(message: str) -> StreamingResponse:
+        events = (f"data: {value}\n\n" async for value in race_events(session, message))
+        return StreamingResponse(events, media_type="text/event-stream", headers={"cache-control": "no-store"})
+
+    app.add_api_route("/medusa/race", race, methods=["GET"], response_model=None)
     app.add_api_route("/medusa/engine", engine, methods=["GET"], response_model=None)
     app.add_api_route("/medusa/trace", trace, methods=["GET"], response_model=None)
     app.add_api_route("/medusa/follow", follow, methods=["GET"], response_model=None)

@@ -5,6 +5,7 @@ import { startEngine } from "./engine.js";
 import { followIfRunning } from "./follow.js";
 import { mountLive } from "./live.js";
 import { mountNotice, mountStatus } from "./status.js";
+import { startRace } from "./race.js";
 import { mountThread } from "./thread.js";
 import { currentSettings, startSettings } from "./settings.js";
 import { startTokens } from "./tokens.js";
@@ -35,5 +36,6 @@ function mount(name, component) {
 startSettings();
 startEngine();
 startTokens();
+startRace();
 window.MedusaChat = { mount, wanted: () => shared.wanted, settings: currentSettings };
 window.dispatchEvent(new Event("medusa-chat-ready"));

@@ -59,7 +59,7 @@ def shown_step(page: Page) -> int:
 def test_tokens_view_has_tints_ticks_and_words_for_each_step(page: Page) -> None:
     row = answered(page, 60)
     text = row.locator(".body").inner_text()
-    row.get_by_role("button", name="Tokens").click()
+    row.get_by_role("button", name="Tokens", exact=True).click()
     row.locator(".tokens .step").first.wait_for()
     assert row.locator(".body").is_hidden()
     assert row.locator(".tokens").text_content() == text
@@ -80,7 +80,7 @@ def test_tokens_view_has_tints_ticks_and_words_for_each_step(page: Page) -> None
     row.locator(".tokens .step").nth(4).hover()
     assert row.locator(".step-tip").inner_text() == "step 5: 3 of 3 drafted tokens accepted"
     assert page.page.locator(".step-caption").inner_text().startswith("Step 5: 3 of 3")
-    row.get_by_role("button", name="Answer").click()
+    row.get_by_role("button", name="Answer", exact=True).click()
     assert row.locator(".body").is_visible() and row.locator(".tokens").is_hidden()
     page.assert_local_and_quiet()
 
@@ -89,7 +89,7 @@ def test_tokens_view_grows_with_a_running_answer(page: Page) -> None:
     page.send("A story that goes on")
     page.wait_for_answer(40)
     row = page.page.locator(".message.assistant").last
-    row.get_by_role("button", name="Tokens").click()
+    row.get_by_role("button", name="Tokens", exact=True).click()
     row.locator(".tokens .step").nth(40).wait_for()
     page.page.click("#stop")
     page.wait_for_end()
@@ -106,7 +106,7 @@ def test_steps_of_an_old_answer_are_gone_through_by_keys_slider_and_replay(page:
     answered(page, 30)
     page.page.reload()
     old = page.page.locator(".message.assistant").first
-    old.get_by_role("button", name="Tokens").click()
+    old.get_by_role("button", name="Tokens", exact=True).click()
     old.locator(".tokens .step").nth(2).click()
     page.page.wait_for_function("document.querySelector('.step-count').textContent.startsWith('3 / ')")
     total = old.locator(".tokens .step").count()
@@ -179,7 +179,7 @@ def test_small_and_large_trees_are_legible_at_1280(chromium: Any, tmp_path: Path
                 apart = right <= other[0] or other[2] <= left or bottom <= other[1] + 2 or other[3] <= top + 2
                 assert apart, "labels overlap"
         # The model's own token stands beside the drafts, so that even a chain of drafts is seen as a choice.
-        assert page.page.locator("#live .tree-scroll .slot.shown .label").inner_text() != ""
+        assert page.page.locator("#live .tree-scroll .slot.shown .label").text_content() != ""
         assert page.page.locator("#live .tree-scroll .way.shown").count() == 1
 
 
