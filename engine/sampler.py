@@ -7,6 +7,7 @@ the same for any layout, number of rows and number of threads. Plain tensor oper
 for the device, so they can be captured; what changes between answers lies in device memory.
 """
 
+import math
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ __all__ = ["Kind", "Sampler", "position_uniforms"]
 SCALE = 2.0**40  # the likeliest token's weight; the sum over 2^20 tokens is still an int64
 _CONTROLS = ("temperature", "top_k", "min_p", "top_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 _LONGEST_HEAD = 1024  # up to here, choosing the likeliest tokens is faster than ordering all of them
+_LOG_OF_NOTHING = -28.5  # exp of it is less than half of 1 / SCALE
 _BLOCK = 256
 _INCREMENT, _FIRST, _SECOND = (value - 2**64 for value in (0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB))
 
@@ -122,31 +124,40 @@ class Sampler:
     def _kept(self, logits: Tensor) -> Kept:
         """Apply temperature and filters to [rows, vocab]."""
         best = logits.amax(-1, keepdim=True)
+        if len(logits) == 1 and self.device.type == "cpu":
+            return self._kept_of_row(logits, best)
         if self.kind.head == 0:
             return Kept(self._weights(logits, best), None)
-        if self.kind.head == self.vocab_size and self.device.type == "cpu":
-            few = self._kept_of_few(logits, best)
-            if few is not None:
-                return few
         values, tokens = _likeliest(logits, self.kind.head)
-        rank = torch.arange(self.kind.head, device=logits.device)
-        weights = torch.where(rank < self._control("top_k"), self._weights(values, best), 0)
+        weights = self._first(self._weights(values, best))
         return Kept(self._nucleus(weights, weights.sum(-1, keepdim=True)), tokens)
 
-    def _kept_of_few(self, logits: Tensor, best: Tensor) -> Kept | None:
-        """Find the nucleus of one row without putting all tokens in order, or None. Waits: for a CPU only.
-
-        Tokens that have less than an even share of what the nucleus leaves out cannot be needed to fill it.
-        """
-        if len(logits) > 1 or float(self._control("top_k")) < self.vocab_size:
-            return None
-        weights, top_p = self._weights(logits, best), float(self._control("top_p"))
+    def _kept_of_row(self, logits: Tensor, best: Tensor) -> Kept:
+        """Do the same for one row, looking closely only at tokens that can be drawn. Waits: for a CPU only."""
+        temperature, top_k, min_p, top_p = self._controls[:4].flatten().tolist()
+        tokens = None
+        if min_p > 0:  # few tokens: the others need no exp
+            least = max(_LOG_OF_NOTHING, math.log(min_p)) - 0.01  # a little less: floats round
+            tokens = (logits[0] >= float(best) + least * temperature).nonzero().flatten()
+            logits = logits[:, tokens]
+        weights = self._weights(logits, best)
+        if self.kind.head == 0:
+            return Kept(weights, None if tokens is None else tokens.unsqueeze(0))
         total = weights.sum(-1, keepdim=True)
-        share = int(0.99 * (1 - top_p) * int(total) / self.vocab_size)  # a little less, for what floats round
-        tokens = (weights[0] > share).nonzero().flatten()
-        order = torch.sort(logits[0, tokens] + 0.0, descending=True, stable=True).indices
-        tokens = tokens[order].unsqueeze(0)
-        return Kept(self._nucleus(weights.gather(-1, tokens), total), tokens)
+        if top_k < len(logits[0]):
+            is_needed = logits[0] >= logits[0].topk(int(top_k)).values[-1]
+        else:  # what has less than an even share of all that the nucleus leaves out is not needed to fill it
+            is_needed = weights[0] > int(0.99 * (1 - top_p) * int(total) / self.vocab_size)
+        places = is_needed.nonzero().flatten()
+        places = places[torch.sort(logits[0, places] + 0.0, descending=True, stable=True).indices]
+        kept = self._first(weights[:, places])
+        if top_k < len(logits[0]):
+            total = kept.sum(-1, keepdim=True)
+        return Kept(self._nucleus(kept, total), (places if tokens is None else tokens[places]).unsqueeze(0))
+
+    def _first(self, weights: Tensor) -> Tensor:
+        """Keep the first top_k of rows that are in order."""
+        return weights * (torch.arange(weights.shape[-1], device=weights.device) < self._control("top_k"))
 
     def _weights(self, logits: Tensor, best: Tensor) -> Tensor:
         """Return exp((logit - best) / temperature) in fixed point, 0 below min_p."""

@@ -114,16 +114,28 @@ def test_a_row_has_the_same_token_whatever_stands_beside_it(case: int) -> None:
         assert alone.item() == together[index]
 
 
-@pytest.mark.parametrize("flatness", [0.01, 0.3, 3.0])
-@pytest.mark.parametrize("top_p", [0.02, 0.5, 0.9, 0.999])
-def test_the_shortcut_on_a_cpu_keeps_what_a_full_order_keeps(
-    flatness: float, top_p: float, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    logits = torch.randn(1, 20_000) * flatness
-    sampler = started(SamplingParams(temperature=1.0, top_p=top_p, min_p=0.001), vocab=20_000)
-    short = sampler.probabilities(logits, *above([]))
-    monkeypatch.setattr(sampler, "_kept_of_few", lambda logits, best: None)
-    assert torch.equal(sampler.probabilities(logits, *above([])), short)
+@pytest.mark.parametrize("flatness", [0.01, 0.3, 3.0, 12.0])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {},
+        {"min_p": 0.2},
+        {"top_p": 0.02},
+        {"top_p": 0.9},
+        {"top_p": 0.999, "min_p": 0.001},
+        {"top_k": 50, "top_p": 0.7},
+        {"top_k": 2500},
+        {"top_k": 2500, "top_p": 0.9, "min_p": 1e-4},
+    ],
+)
+def test_a_single_row_on_a_cpu_keeps_what_many_rows_keep(flatness: float, settings: dict[str, float]) -> None:
+    """One row is looked at by candidates, several are put in order as on a GPU."""
+    logits = (torch.randn(2, 5000) * flatness).round(decimals=2)  # with ties
+    for temperature in (1e-6, 0.4, 3.0):
+        sampler = started(SamplingParams(temperature=temperature, **settings), vocab=5000)  # type: ignore[arg-type]
+        both = sampler.probabilities(logits, *above([], []))
+        for row in range(2):
+            assert torch.equal(sampler.probabilities(logits[row : row + 1], *above([]))[0], both[row])
 
 
 @pytest.mark.parametrize("settings", [{"top_k": 3}, {"top_p": 0.3}])
