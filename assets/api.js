@@ -1,5 +1,6 @@
 // The page's own requests: one JSON object in, new values for the views out. A refusal is a sentence above the text box.
 
+import { el } from "./dom.js";
 import { shared } from "./shared.js";
 
 const tabs = new BroadcastChannel("medusa-chat-list");
@@ -34,13 +35,19 @@ function take(value) {
     shared.views.conversations?.(value.conversations);
     tabs.postMessage(value.conversations);
   }
+  if (value.live !== undefined) shared.views.live?.(value.live); // first: the thread shows the live view over its own
   if (value.thread) shared.views.thread?.(value.thread);
-  if (value.live !== undefined) shared.views.live?.(value.live);
   return value;
 }
 
-/** Say something where the person looks; `action` is {label, run}, such as an undo. */
+/** Say something where the person looks: in the open dialog, or else above the text box; `action` is {label, run}. */
 export function notify(text, { calm = true, action = null } = {}) {
+  const dialog = document.querySelector("dialog[open]");
+  if (dialog) {
+    dialog.querySelector(".dialog-said")?.remove();
+    dialog.firstChild.append(el("p", { class: calm ? "dialog-said" : "dialog-said refused", role: calm ? "status" : "alert" }, text));
+    return;
+  }
   shared.views.notice?.({ text, calm, action });
 }
 

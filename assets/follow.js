@@ -24,8 +24,8 @@ export function follow() {
 }
 
 function tell(value) {
+  if (value.live !== undefined) shared.views.live?.(value.live); // first: the thread shows the live view over its own
   if (value.thread) shared.views.thread?.(value.thread);
-  if (value.live !== undefined) shared.views.live?.(value.live);
   if (value.conversations) shared.views.conversations?.(value.conversations);
   if (value.ended) source = null;
 }

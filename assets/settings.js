@@ -8,6 +8,7 @@ import { shared } from "./shared.js";
 
 let options = null;
 let current = {};
+let saving = Promise.resolve();
 
 /** All settings of the shown conversation, as they go along with a message. */
 export const currentSettings = () => ({ ...(options?.defaults || {}), ...current });
@@ -32,10 +33,16 @@ function presetOf(settings) {
   return match ? match[0] : options?.custom || "Settings";
 }
 
-/** Check on the server, keep, and save; false where a value is refused. */
-async function keep(changes) {
+/** Check on the server, keep, and save, one change after the other; false where a value is refused. */
+function keep(changes) {
+  saving = saving.then(() => save(changes));
+  return saving;
+}
+
+async function save(changes) {
   const medusa = document.querySelector("#medusa-switch input")?.checked ?? true;
   const answer = await act("settings", { id: shared.conversation || "", settings: { ...currentSettings(), medusa, ...changes } });
+  document.querySelector(answer ? "dialog[open] .dialog-said" : "none")?.remove();
   if (answer) change(answer.settings);
   return Boolean(answer);
 }

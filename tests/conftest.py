@@ -4,10 +4,13 @@ A CI machine has to have a browser: there a missing one is a failure.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 import torch
+from browser import CHROMIUM_FLAGS
+from browser import find_chromium as browser_path
 
 from app.cli_test import find_chromium
 from engine import Engine
@@ -21,7 +24,19 @@ def bundled() -> LoadedModel:
 
 @pytest.fixture(scope="session")
 def engine() -> Engine:
-    return Engine.load("bundled", device="cpu")
+    loaded = Engine.load("bundled", device="cpu")
+    loaded.learns = False  # what tests ask is not what people ask
+    return loaded
+
+
+@pytest.fixture(scope="session")
+def chromium() -> Iterator[Any]:
+    """One browser for all tests; each opens contexts of its own."""
+    api = pytest.importorskip("playwright.sync_api")
+    with api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=browser_path(), args=list(CHROMIUM_FLAGS))
+        yield browser
+        browser.close()
 
 
 @pytest.fixture(autouse=True)

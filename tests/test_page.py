@@ -6,21 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+from browser import Page, running_server
 
 pytestmark = pytest.mark.browser
 
 FIGURES = re.compile(r"^\d+ tok/s · (\d\.\d) tok/step · (\d+) tokens?")
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = find_chromium()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")
