@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from datetime import date
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 from typing import Any
 
 import torch
@@ -106,6 +106,8 @@ def report(
         "answers_that_differ": sum(not row.is_identical for row in rows),
         "comparisons_sampled": len(sampled),
         "tokens_per_step": round(mean(row.tokens_per_step for row in rows), 3) if rows else None,
+        "tokens_per_second_of_the_engines_own_tree": _speeds(settings, rows),
+        "memory_bytes": info.memory_bytes,
         "notes": list(info.notes),
         "capture_failure": engine._runner.graphs.failure if isinstance(engine._runner, CudaRunner) else "",
         "drawn": [params.to_dict() for params in settings],
@@ -116,7 +118,9 @@ def report(
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    engine = Engine.load(args.model, device=args.device, progress=lambda text: print(text, file=sys.stderr))
+    engine = Engine.load(
+        args.model, device=args.device, quantize=args.quantize, progress=lambda text: print(text, file=sys.stderr)
+    )
     if not engine.info.has_heads:
         print(engine.info.heads_reason, file=sys.stderr)
         return 1
@@ -145,6 +149,12 @@ def _answer(engine: Engine, prompt: str, settings: dict[str, Any]) -> Generation
     *_, last = engine.stream([{"role": "user", "content": prompt}], SamplingParams.from_dict(settings))
     assert last.result is not None, "the last chunk carries the result"
     return last.result
+
+
+def _speeds(settings: Sequence[SamplingParams], rows: Sequence[Comparison]) -> dict[str, float]:
+    """Return median speeds where the tree was the engine's choice; other sizes are drawn to be different, not fast."""
+    pairs = [row.tokens_per_second for row in rows if settings[row.setting].tree_nodes is None]
+    return {"on": median(on for on, _ in pairs), "off": median(off for _, off in pairs)} if pairs else {}
 
 
 def _device_name(device: str) -> str:
@@ -176,6 +186,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=5, help="of the settings that are drawn")
     parser.add_argument("--model", default="bundled")
     parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
+    parser.add_argument("--quantize", default="auto", help="as for the launcher")
     return parser.parse_args(argv)
 
 
