@@ -33,17 +33,23 @@ function presetOf(settings) {
   return match ? match[0] : options?.custom || "Settings";
 }
 
-/** Check on the server, keep, and save, one change after the other; false where a value is refused. */
+/** Take changes at once, for a message may follow at once; then check and save them. False where a value is refused. */
 function keep(changes) {
-  saving = saving.then(() => save(changes));
+  const before = current;
+  current = { ...current, ...changes };
+  const medusa = document.querySelector("#medusa-switch input")?.checked ?? true;
+  const values = { id: shared.conversation || "", settings: { ...currentSettings(), medusa } };
+  saving = saving.then(() => save(values, changes, before));
   return saving;
 }
 
-async function save(changes) {
-  const medusa = document.querySelector("#medusa-switch input")?.checked ?? true;
-  const answer = await act("settings", { id: shared.conversation || "", settings: { ...currentSettings(), medusa, ...changes } });
-  document.querySelector(answer ? "dialog[open] .dialog-said" : "none")?.remove();
-  if (answer) change(answer.settings);
+async function save(values, changes, before) {
+  const answer = await act("settings", values);
+  if (answer) document.querySelector("dialog[open] .dialog-said")?.remove();
+  else if (values.id === (shared.conversation || "")) {
+    for (const name of Object.keys(changes)) if (current[name] === changes[name]) current = { ...current, [name]: before[name] ?? options.defaults[name] };
+  }
+  shared.tell("settings");
   return Boolean(answer);
 }
 
