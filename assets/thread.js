@@ -23,7 +23,7 @@ export function mountThread({ element }) {
   const spoken = el("p", { class: "only-spoken", "aria-live": "polite" });
   const toEnd = iconButton("down", "Jump to the latest", () => scrollToEnd(scroller, true), { class: "icon-button to-end", hidden: true });
   element.replaceChildren(list, toEnd, spoken);
-  const view = { scroller, list, toEnd, spoken, rows: new Map(), follows: true };
+  const view = { scroller, list, toEnd, spoken, rows: new Map(), follows: true, top: 0 };
   scroller.addEventListener("scroll", () => noteScroll(view), { passive: true });
   new ResizeObserver(() => keepEnd(view)).observe(list); // formulas grow when they are set
   shared.on("live", (live) => showLive(view, live));
@@ -45,6 +45,8 @@ function showThread(view, value) {
     updateActions(row, message);
     rows.set(message.id, row);
   }
+  const last = value.messages.at(-1);
+  if (last?.status === "running" && !view.rows.has(last.id)) view.follows = true; // what one has just asked for
   view.rows = rows;
   view.list.replaceChildren(...[...rows.values()].map((row) => row.node));
   showEmptyPage(view, value.messages.length === 0);
@@ -141,7 +143,12 @@ function scrollToEnd(scroller, smooth) {
 /** Someone who scrolled up reads; only at the end does the page go along with the text. */
 function noteScroll(view) {
   const { scroller } = view;
-  view.follows = scroller.scrollHeight - scroller.scrollTop - scroller.clientHeight < NEAR_END_PX;
+  const top = scroller.scrollTop;
+  const isAtEnd = scroller.scrollHeight - top - scroller.clientHeight < NEAR_END_PX;
+  // Text that grows also moves the end away; only going up means reading.
+  if (isAtEnd) view.follows = true;
+  else if (top < view.top - 1) view.follows = false;
+  view.top = top;
   view.toEnd.hidden = view.follows;
 }
 
