@@ -59,13 +59,13 @@ def _talk(browser: Any, url: str) -> str:
     """Hold the conversation that is shown, with and without Medusa; return its ?c=."""
     with _opened(browser, url, "", 1280, "light") as page:
         for switched in (False, True):
-            if page.page.locator("#medusa-switch input").is_checked() != switched:
-                page.page.click("#medusa-switch input")
             for question in QUESTIONS:
                 page.page.click(".new-chat")
                 page.page.wait_for_selector(".empty")
+                page.page.locator("#medusa-switch input").set_checked(switched)
                 page.send(question)
                 page.wait_for_end(120)
+        page.page.wait_for_selector(".badge:has-text('measured here')")
         return "?" + page.page.url.split("?")[1]
 
 

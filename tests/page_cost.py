@@ -1,0 +1,184 @@
+"""What the page costs: frame times while an answer streams, and the engine's speed beside `ask`'s.
+
+`python tests/page_cost.py --out engine/bench/results/page_cost.json`. Frames: a conversation of 40 messages, an
+answer at 200 tokens/s with trees of 64 nodes from the tests' stand-in for an engine, in headless Chromium. Engine: the
+bundled model answers alternately through `stream` alone, with the app's work around it (trace, stats, saving), and with
+a browser that looks. Needs Playwright and Chromium (CHROMIUM names one).
+"""
+
+import argparse
+import json
+import platform
+import sys
+import tempfile
+import threading
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+MESSAGES, TOKENS_PER_SECOND, TREE_NODES = 40, 200, 64
+FRAMES = """() => {
+    window.frames_ms = [];
+    let last = performance.now();
+    const frame = (now) => { window.frames_ms.push(now - last); last = now; requestAnimationFrame(frame); };
+    requestAnimationFrame((now) => { last = now; requestAnimationFrame(frame); });
+}"""
+PROMPT = "Tell a long story about a dragon and a knight."
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Measure the page's frames and what it costs the engine.")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--only", choices=("frames", "engine"))
+    args = parser.parse_args()
+    report: dict[str, Any] = {"machine": _machine()}
+    if args.only != "engine":
+        report["frames"] = measure_frames()
+        print(json.dumps(report["frames"]))
+    if args.only != "frames":
+        report["engine"] = measure_engine(args.rounds)
+        print(json.dumps(report["engine"]))
+    args.out.write_text(json.dumps(report, indent=1) + "\n")
+    return 0
+
+
+def measure_frames() -> dict[str, Any]:
+    """Frame times in milliseconds while an answer streams below a long conversation."""
+    from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+    from fake_engine import PATTERN
+    from playwright.sync_api import sync_playwright
+
+    pace_s = (1 + sum(PATTERN) / len(PATTERN)) / TOKENS_PER_SECOND
+    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+        conversation = _long_conversation(Path(folder))
+        browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(CHROMIUM_FLAGS))
+        with running_server(Path(folder), pace_s=pace_s, tree=TREE_NODES) as (url, _):
+            page = Page(browser.new_page(viewport={"width": 1280, "height": 800}), url).open(f"?c={conversation}")
+            page.page.wait_for_selector(f".message:nth-child({MESSAGES})")
+            page.send("Go on")
+            page.wait_for_answer(20)
+            page.page.evaluate(FRAMES)
+            page.wait_for_end(60)
+            frames = sorted(page.page.evaluate("window.frames_ms"))
+            figures = page.figures()
+        browser.close()
+    return {
+        "messages": MESSAGES,
+        "tree_nodes": TREE_NODES,
+        "answer": figures,
+        "frames": len(frames),
+        "p50_ms": round(median(frames), 1),
+        "p95_ms": round(frames[int(0.95 * (len(frames) - 1))], 1),
+        "max_ms": round(frames[-1], 1),
+    }
+
+
+def _long_conversation(folder: Path) -> str:
+    from fake_engine import REPLY
+
+    from app.storage import ConversationStore
+
+    store = ConversationStore(folder / "conversations.db")
+    conversation = store.create_conversation()
+    parent = None
+    for number in range(MESSAGES):
+        role, text = ("assistant", REPLY * 4) if number % 2 else ("user", f"Question {number} about dragons")
+        parent = store.append(conversation.id, role, text, parent_id=parent).id
+    store.close()
+    return conversation.id
+
+
+def measure_engine(rounds: int) -> dict[str, Any]:
+    """Tokens a second, alternating: the engine alone, the app without a page, the app with a browser that looks."""
+    from browser import CHROMIUM_FLAGS, find_chromium
+    from playwright.sync_api import sync_playwright
+
+    from app.chat import ChatSession
+    from app.storage import ConversationStore
+    from engine import Engine, SamplingParams
+
+    engine = Engine.load("bundled", device="cpu")
+    params = SamplingParams(max_tokens=200)
+    speeds: dict[str, list[float]] = {"alone": [], "app": [], "browser": []}
+    with tempfile.TemporaryDirectory() as folder, _server_for(engine, Path(folder)) as (session, url):
+        assert isinstance(session, ChatSession) and isinstance(session.store, ConversationStore)
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(CHROMIUM_FLAGS))
+            for _ in range(rounds):
+                *_, last = engine.stream([{"role": "user", "content": PROMPT}], params)
+                speeds["alone"].append(last.result.tokens_per_second)
+                speeds["app"].append(_answer(session, params))
+                page = browser.new_page(viewport={"width": 1280, "height": 800})
+                page.set_default_timeout(120_000)
+                page.goto(url)
+                page.wait_for_selector(".empty")
+                page.fill("#composer-text textarea", PROMPT)
+                page.keyboard.press("Enter")
+                page.wait_for_selector(".message.assistant[data-status='complete'] .figures:not(:empty)")
+                speeds["browser"].append(_latest_speed(session))
+                page.close()
+            browser.close()
+    medians = {name: round(median(values), 1) for name, values in speeds.items()}
+    costs = {name: round(1 - medians[name] / medians["alone"], 3) for name in ("app", "browser")}
+    return {"tokens_per_second": medians, "cost": costs, "rounds": rounds, "all": speeds}
+
+
+def _answer(session: Any, params: Any) -> float:
+    turn = session.send(None, PROMPT, params.to_dict())
+    answer = session.running(turn.conversation_id)
+    if answer is not None:
+        answer.finished.wait(120)
+    return session.store.message(turn.answer_id).stats["tokens_per_second"]
+
+
+def _latest_speed(session: Any) -> float:
+    latest = max(session.store.conversations(), key=lambda each: each.created_ms)
+    return session.store.thread(latest.id)[-1].stats["tokens_per_second"]
+
+
+class _server_for:
+    """The app over an engine that is loaded already, in threads of this process."""
+
+    def __init__(self, engine: Any, folder: Path) -> None:
+        import uvicorn
+        from browser import free_port
+
+        from app.chat import ChatSession
+        from app.server import build_app
+        from app.storage import ConversationStore
+
+        self._store = ConversationStore(folder / "conversations.db")
+        self._session = ChatSession(self._store, lambda progress: engine)
+        self._url = f"http://127.0.0.1:{(port := free_port())}/"
+        config = uvicorn.Config(build_app(self._session), port=port, log_level="error", timeout_graceful_shutdown=1)
+        self._server = uvicorn.Server(config)
+        self._thread = threading.Thread(target=self._server.run, daemon=True)
+
+    def __enter__(self) -> tuple[Any, str]:
+        self._session.start()
+        self._thread.start()
+        waiting = threading.Event()
+        while not self._server.started and self._thread.is_alive():
+            waiting.wait(0.05)
+        return self._session, self._url
+
+    def __exit__(self, *exc_info: object) -> None:
+        self._server.should_exit = True
+        self._thread.join(10)
+        self._session.close()
+        self._store.close()
+
+
+def _machine() -> dict[str, Any]:
+    from engine.bench.hardware import usable_cores
+    from engine.tuning import device_name
+
+    return {"cpu": device_name("cpu"), "usable_cores": usable_cores(), "python": platform.python_version()}
+
+
+if __name__ == "__main__":
+    sys.exit(main())
