@@ -7,17 +7,17 @@ Knows no page and no SQL: the store keeps, the handlers show. Messages are answe
 import logging
 import queue
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, Literal, Protocol
+from collections.abc import Callable, Mapping
+from typing import Any
 
+from app.chat_parts import AnswerEngine, ChatError, EngineJob, EngineState, LoadEngine, Turn
 from app.context import answer_reserve, fit_prompt
 from app.running_answer import Autosave, RunningAnswer
 from app.settings import SettingsError, checked_settings, params_from
 from app.storage import ConversationStore, Message, StorageError
 from app.title_queue import TitleQueue
 from app.tree_view import TRACE_FORMAT
-from engine import EngineError, EngineInfo, GenerationChunk, SamplingParams
+from engine import EngineError
 
 __all__ = [
     "AnswerEngine",
@@ -31,50 +31,6 @@ __all__ = [
 ]
 
 _log = logging.getLogger(__name__)
-
-
-class AnswerEngine(Protocol):
-    """What the chat needs of an engine; `engine.Engine` fits, and so does a double."""
-
-    @property
-    def info(self) -> EngineInfo: ...
-    def stream(
-        self, messages: Sequence[dict[str, str]], params: SamplingParams, stop: threading.Event | None = None
-    ) -> Iterator[GenerationChunk]: ...
-    def count_tokens(self, messages: Sequence[dict[str, str]]) -> int: ...
-    def token_texts(self, tokens: Sequence[int]) -> Sequence[str]: ...
-
-
-LoadEngine = Callable[[Callable[[str], None]], AnswerEngine]
-
-
-class ChatError(Exception):
-    """Something a person asked for that cannot be done now, told in a sentence with the remedy."""
-
-
-@dataclass(frozen=True)
-class EngineState:
-    """Where the engine stands: `message` is what it is doing, or why it failed."""
-
-    phase: Literal["loading", "ready", "failed"]
-    message: str = ""
-    info: EngineInfo | None = None
-
-
-class EngineJob(Protocol):
-    """Work for the engine that is no message, such as a race; done in the engine's thread, in turn with the answers."""
-
-    def run(self, engine: AnswerEngine | None, why_not: str) -> None: ...
-    def cancel(self) -> None: ...
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A user's message and the answer that was begun for it."""
-
-    conversation_id: str
-    user_id: str
-    answer_id: str
 
 
 class ChatSession:

@@ -232,7 +232,7 @@ def _chatgpt(item: Mapping[str, Any]) -> ImportedConversation:
         title=_text(item, "title"),
         messages=tuple(messages),
         origin=f"chatgpt:{given or digest}",
-        head=shown.get(current),
+        head=shown.get(str(current)),
         created_ms=_seconds(item.get("create_time")),
         updated_ms=_seconds(item.get("update_time")),
     )
@@ -242,7 +242,9 @@ def _chatgpt_messages(mapping: Mapping[str, Any]) -> tuple[list[ImportedMessage]
     """The texts of people and model, each under the nearest one above it; and for each node what that one is."""
     nearest: dict[str, str | None] = {}
     messages: list[ImportedMessage] = []
-    waiting = [(key, None) for key, node in mapping.items() if node.get("parent") not in mapping]
+    waiting: list[tuple[str, str | None]] = [
+        (key, None) for key, node in mapping.items() if node.get("parent") not in mapping
+    ]
     while waiting:
         key, above = waiting.pop(0)
         if key in nearest:
