@@ -15,13 +15,11 @@ export function startRace() {
 function dress() {
   if (!shared.engine?.medusa) return;
   for (const row of document.querySelectorAll("#thread .message.assistant")) {
-    const foot = row.querySelector(".foot");
-    if (!foot || foot.querySelector(".race-button") || ["running", "waiting"].includes(row.dataset.status)) continue;
+    const end = row.querySelector(".foot-end");
+    if (!end || end.querySelector(".race-button") || ["running", "waiting"].includes(row.dataset.status)) continue;
     const button = el("button", { type: "button", class: "race-button", title: "Answer this without and with Medusa, side by side",
       onclick: () => race(row.dataset.id) }, "Race");
-    const views = foot.querySelector(".views");
-    if (views) views.before(button);
-    else foot.append(button);
+    end.prepend(button);
   }
 }
 

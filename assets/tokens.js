@@ -31,7 +31,8 @@ function build(row) {
   view.answer = el("button", { type: "button", "aria-pressed": "true", onclick: () => show(view, false) }, "Answer");
   view.button = el("button", { type: "button", "aria-pressed": "false", onclick: () => show(view, true) }, "Tokens");
   row.querySelector(".body").after(view.tokens, view.tip);
-  row.querySelector(".foot").append(el("span", { class: "views", role: "group", "aria-label": "View" }, view.answer, view.button));
+  const views = el("span", { class: "views", role: "group", "aria-label": "View" }, view.answer, view.button);
+  row.querySelector(".foot").append(el("span", { class: "foot-end" }, views));
   listen(view);
   return view;
 }
@@ -112,6 +113,14 @@ function look(view, step) {
   } else pointAt(null);
 }
 
+/** Steps are gone through elsewhere: what was looked at here is over. */
+function hideTip(tip) {
+  const view = views.get(tip.closest(".message"));
+  view.marked?.classList.remove("is-looked-at");
+  view.marked = null;
+  tip.hidden = true;
+}
+
 /** The sentence stands above its step, inside the answer's width. */
 function place(view, step) {
   const around = view.row.getBoundingClientRect();
@@ -123,6 +132,7 @@ function place(view, step) {
 /** The step that the panel shows while it replays or is stepped through. */
 function markCurrent(at) {
   document.querySelector(".tokens .step.is-current")?.classList.remove("is-current");
+  if (at?.from === "panel") document.querySelectorAll(".step-tip:not([hidden])").forEach(hideTip);
   if (!at?.message) return;
   document.querySelector(`.message[data-id="${CSS.escape(at.message)}"] .tokens .step[data-step="${at.index + 1}"]`)?.classList.add("is-current");
 }

@@ -72,7 +72,9 @@ function build(parents, width) {
 
 function buildNode({ x, y }, small, slot = false) {
   const dot = svg("circle", { cx: x, cy: y, r: small ? RADIUS + 1 : RADIUS });
-  const label = svg("text", { class: "label", x: x + (small ? -3 : RADIUS + 2), y: y - (small ? 11 : 5) }); // above its line
+  // Above the line that leads on; nothing leads on from a slot.
+  const place = slot ? { x: x + RADIUS + 4, y: y + 4 } : { x: x + (small ? -3 : RADIUS + 2), y: y - (small ? 11 : 5) };
+  const label = svg("text", { class: "label", ...place });
   const chance = small && !slot ? svg("text", { class: "chance", x: x - 3, y: y + 18 }) : null;
   const title = svg("title");
   const group = svg("g", { class: "node" }, title, dot, label, chance);

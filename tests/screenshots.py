@@ -47,7 +47,7 @@ def main(out: Path) -> None:
 @contextmanager
 def _opened(browser: Any, url: str, address: str, width: int, scheme: str) -> Iterator[Page]:
     context = browser.new_context(
-        viewport={"width": width, "height": SIZES[width]}, color_scheme=scheme, reduced_motion="reduce"
+        viewport={"width": width, "height": SIZES.get(width, 800)}, color_scheme=scheme, reduced_motion="reduce"
     )
     page = Page(context.new_page(), url).open(address)
     page.page.wait_for_selector(".facts .badge", timeout=120_000)
@@ -101,7 +101,7 @@ def _race_picture(browser: Any, url: str, address: str, out: Path) -> None:
 
 def _animation(browser: Any, url: str, address: str, out: Path) -> None:
     """The tree and the tokens, one step a frame."""
-    with _opened(browser, url, address, 1280, "dark") as page:
+    with _opened(browser, url, address, 1440, "dark") as page:
         page.page.locator(".views button").last.click()
         page.page.locator(".tokens .step").first.click()
         page.page.locator("#thread").evaluate("thread => thread.scrollTo(0, 0)")
@@ -109,8 +109,8 @@ def _animation(browser: Any, url: str, address: str, out: Path) -> None:
         frames = []
         for number in range(1, FRAMES + 1):
             _to_step(page, number)
-            shot = page.page.screenshot(clip={"x": 272, "y": 54, "width": 1008, "height": 430})
-            frames.append(Image.open(io.BytesIO(shot)).convert("RGB").resize((840, 358), Image.Resampling.LANCZOS))
+            shot = page.page.screenshot(clip={"x": 272, "y": 53, "width": 1168, "height": 430})
+            frames.append(Image.open(io.BytesIO(shot)).convert("RGB").resize((934, 344), Image.Resampling.LANCZOS))
     # One palette for all frames: colours that change between frames would flicker.
     palette = frames[FRAMES // 2].quantize(COLOURS, method=Image.Quantize.MEDIANCUT)
     flat = [frame.quantize(palette=palette, dither=Image.Dither.NONE) for frame in frames]
