@@ -15,6 +15,7 @@ from engine import EngineError, GenerationChunk, SamplingParams
 
 __all__ = ["TitleQueue", "TitleWriter"]
 
+MIN_WORDS = 3
 _log = logging.getLogger(__name__)
 
 
@@ -52,7 +53,9 @@ class TitleQueue:
         """Queue a conversation whose first answer has just ended, unless it has been named."""
         if self._store.conversation(conversation_id).title_source != "auto" or self.is_pending(conversation_id):
             return
-        if len(self._store.thread(conversation_id)) == 2:
+        thread = self._store.thread(conversation_id)
+        # A greeting is its own title, and a small model makes something up about it.
+        if len(thread) == 2 and len(thread[0].content.split()) >= MIN_WORDS:
             self._waiting.append(conversation_id)
 
     def write_next(self, engine: TitleWriter) -> None:

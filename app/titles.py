@@ -10,6 +10,12 @@ __all__ = ["TITLE_PARAMS", "clean_title", "title_prompt"]
 MAX_WORDS, MAX_LENGTH = 9, 60
 EXCERPT = 600
 TITLE_PARAMS = SamplingParams(max_tokens=24, stop=("\n",))  # one line, always the likeliest
+# Without examples a small model answers the question instead of naming it.
+_EXAMPLES = (
+    ("How do I get red wine out of a white shirt?", "Removing red wine stains"),
+    ("Write a poem about the sea in winter.", "Poem about the winter sea"),
+    ("What is the difference between a list and a tuple in Python?", "Python lists and tuples"),
+)
 _LEAD = re.compile(r"^\s*(?:(?:here(?:'s| is)|sure)\b[^:]*:|(?:the\s+)?title\s*(?::|is\b))\s*", re.IGNORECASE)
 _EDGES = " \t\"'`*_#.,:;-–—“”‘’«»"
 _REFUSAL = re.compile(r"\b(?:i'm sorry|i am sorry|i cannot|i can't|as an ai)\b", re.IGNORECASE)
@@ -17,10 +23,12 @@ _REFUSAL = re.compile(r"\b(?:i'm sorry|i am sorry|i cannot|i can't|as an ai)\b",
 
 def title_prompt(question: str) -> list[dict[str, str]]:
     """The request for a title; the question alone, because an answer would fill a small model's attention."""
-    return [
-        {"role": "system", "content": "You write short titles. Reply with the title only, three to six words."},
-        {"role": "user", "content": f"Write a title for a conversation that begins with:\n\n{question[:EXCERPT]}"},
-    ]
+    prompt = [{"role": "system", "content": "You write the title of a conversation: three to six words, nothing else."}]
+    for text, title in (*_EXAMPLES, (question[:EXCERPT], None)):
+        prompt.append({"role": "user", "content": f"The conversation begins with: {text}"})
+        if title is not None:
+            prompt.append({"role": "assistant", "content": title})
+    return prompt
 
 
 def clean_title(pieces: Iterable[str]) -> str | None:
