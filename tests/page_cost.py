@@ -8,6 +8,7 @@ a browser that looks. Needs Playwright and Chromium (CHROMIUM names one).
 
 import argparse
 import json
+import os
 import platform
 import sys
 import tempfile
@@ -177,7 +178,14 @@ def _machine() -> dict[str, Any]:
     from engine.bench.hardware import usable_cores
     from engine.tuning import device_name
 
-    return {"cpu": device_name("cpu"), "usable_cores": usable_cores(), "python": platform.python_version()}
+    # Others' work on the machine is part of what was measured: it is told.
+    load = os.getloadavg()[0] if hasattr(os, "getloadavg") else None
+    return {
+        "cpu": device_name("cpu"),
+        "usable_cores": usable_cores(),
+        "python": platform.python_version(),
+        "load_before": load,
+    }
 
 
 if __name__ == "__main__":
