@@ -49,6 +49,7 @@ __all__ = [
 ]
 
 QUANTIZE = {"cpu": ("int4", "int8", "none"), "cuda": ("nf4", "int8", "none")}
+_SMALL_MODEL = 1_000_000_000  # parameters in the layers
 _MAX_THREADS = 16  # decode is bound by memory; more threads only wait for each other
 
 
@@ -70,7 +71,9 @@ def use_all_cores() -> None:
 
 
 def return_freed_memory() -> None:
-    """Give the system back what reading and repacking a model left over; glibc alone would keep it."""
+    """Give the system back what reading and repacking a model left over; glibc and torch alone would keep it."""
+    if torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
     if sys.platform == "linux":
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
@@ -85,6 +88,20 @@ class Built(NamedTuple):
     notes: tuple[str, ...] = ()
 
 
+def _automatic(device: str, weights: BackboneWeights) -> str:
+    """Choose a format: on a GPU int8 for small models, NF4 for others; elsewhere the first one.
+
+    A small model's step is bound by launches, so fewer bytes bring no speed, while a second rounding of a 4-bit file
+    costs quality and accepted drafts (2.24 against 2.59 tokens a step with the bundled model).
+    """
+    if device != "cuda":
+        return QUANTIZE[device][0]
+    layer = weights.layers[0]
+    matrices = [value for value in vars(layer).values() if hasattr(value, "shape") and len(value.shape) == 2]
+    size = len(weights.layers) * sum(rows * columns for rows, columns in (matrix.shape for matrix in matrices))
+    return "int8" if size < _SMALL_MODEL else "nf4"
+
+
 def build_runner(
     config: BackboneConfig,
     weights: BackboneWeights,
@@ -95,7 +112,7 @@ def build_runner(
     say: Callable[[str], None] | None = None,
 ) -> Built:
     """Quantise or repack a model's weights for `device` and wrap it in a runner; `say` hears what takes long."""
-    chosen = QUANTIZE[device][0] if quantize == "auto" else quantize
+    chosen = _automatic(device, weights) if quantize == "auto" else quantize
     if chosen not in QUANTIZE[device]:
         allowed = ", ".join(QUANTIZE[device])
         raise InvalidParameterError(f"quantize is {quantize!r}; on {device} allowed is auto, {allowed}.")

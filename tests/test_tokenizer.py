@@ -58,3 +58,9 @@ def test_special_tokens_are_no_text_but_have_a_label(tokenizer: ChatTokenizer) -
     assert tokenizer.decode([end]) == ""
     assert tokenizer.token_text(end) == "<|im_end|>"
     assert end in tokenizer.end_token_ids
+
+
+def test_a_last_message_of_the_assistant_is_continued(tokenizer: ChatTokenizer) -> None:
+    question = [{"role": "user", "content": "Count."}]
+    begun = tokenizer.render_chat([*question, {"role": "assistant", "content": "One, two"}])
+    assert begun == tokenizer.render_chat(question) + "One, two"

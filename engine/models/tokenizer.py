@@ -57,7 +57,9 @@ class ChatTokenizer:
         return self.encode(self.render_chat(messages))
 
     def render_chat(self, messages: Sequence[dict[str, str]]) -> str:
-        """Return the prompt as text."""
+        """Return the prompt as text; a last message of the assistant's is one to be continued."""
+        if messages and messages[-1]["role"] == "assistant":
+            return self.render_chat(messages[:-1]) + messages[-1]["content"]
         try:
             return self._template.render(messages=list(messages), add_generation_prompt=True, **self._special_tokens)
         except TemplateError as error:
