@@ -190,9 +190,9 @@ class Tuner:
         return f"No tree pays here, so decoding is plain. The best: {self._worth(self._best())}."
 
     def _worth(self, size: int) -> str:
-        nodes = "1 drafted node" if size == 1 else f"{size} drafted nodes"
+        nodes = "1 drafted node brings" if size == 1 else f"{size} drafted nodes bring"
         return (
-            f"{nodes} bring {self.tokens_per_step[size]:.2f} tokens a step for "
+            f"{nodes} {self.tokens_per_step[size]:.2f} tokens a step for "
             f"{self._step_ms[size] / self._step_ms[0]:.2f}x the time of a plain one: {self._gain(size):.2f}x the speed"
         )
 
