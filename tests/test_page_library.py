@@ -156,7 +156,7 @@ def test_list_is_a_drawer_on_a_phone(chromium: Any, tmp_path: Path) -> None:
     with running_server(tmp_path) as (url, _):
         context = chromium.new_context(viewport={"width": 390, "height": 844}, has_touch=True)
         page = Page(context.new_page(), url).open()
-        assert not page.page.locator(".conversation").first.is_visible()
+        page.page.locator(".conversation").first.wait_for(state="hidden")
         page.page.get_by_role("button", name="Conversations").click()
         page.page.click(".conversation:text-is('Day before')")
         page.page.wait_for_selector(".message.user .body:has-text('Question of Day before')")

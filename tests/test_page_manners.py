@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from axe import axe_script
-from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+from browser import Page, running_server
 
 pytestmark = pytest.mark.browser
 
@@ -15,16 +15,6 @@ RUN_AXE = """async () => {
     return found.violations.filter(v => ["serious", "critical"].includes(v.impact))
         .map(v => `${v.id}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(" | ")}`);
 }"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = find_chromium()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

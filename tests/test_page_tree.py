@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+from browser import Page, running_server
 from fake_engine import MEASURED, PATTERN
 
 pytestmark = pytest.mark.browser
@@ -15,16 +15,6 @@ LABEL_BOXES = """all => all.filter(t => t.textContent && getComputedStyle(t).vis
     const box = t.getBoundingClientRect();
     return [box.left, box.top, box.right, box.bottom, parseFloat(getComputedStyle(t).fontSize)];
 })"""
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = find_chromium()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.fixture(scope="module")

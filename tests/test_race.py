@@ -1,12 +1,11 @@
 """A race: both runs one after the other with one seed, told as they were; and on the page."""
 
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+from browser import Page, running_server
 from fake_engine import INFO, FakeEngine
 
 from app.race import Lane, Race, verdict
@@ -56,16 +55,6 @@ def test_failing_engine_is_told() -> None:
     unloaded = Race(QUESTION, SamplingParams())
     unloaded.run(None, "No file.")
     assert unloaded.error == "The model is not loaded. No file."
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Any]:
-    path = find_chromium()
-    api = pytest.importorskip("playwright.sync_api")
-    with api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=path, args=list(CHROMIUM_FLAGS))
-        yield browser
-        browser.close()
 
 
 @pytest.mark.browser
