@@ -12,11 +12,11 @@ from typing import Any
 
 from app.chat_parts import AnswerEngine, ChatError, EngineJob, EngineState, LoadEngine, Turn
 from app.context import answer_reserve, fit_prompt
+from app.kept_answer import keep_answer, messages_above, prompt_parts
 from app.running_answer import Autosave, RunningAnswer
 from app.settings import SettingsError, checked_settings, params_from
 from app.storage import ConversationStore, Message, StorageError
 from app.title_queue import TitleQueue
-from app.tree_view import TRACE_FORMAT
 from engine import EngineError
 
 __all__ = [
@@ -244,7 +244,8 @@ class ChatSession:
                     status = self._stopped_status(answer)
             except Exception as failure:
                 status, error = "error", _sentence(failure)
-        self._keep(answer, status, error)
+        model = self.engine_state.info.model if self.engine_state.info else ""
+        keep_answer(self.store, answer, status, model=model, error=error)
         if engine is not None:  # what it says of the tree's size goes on with every answer
             self.engine_state = EngineState("ready", info=engine.info)
         if status == "complete" and self._titles is not None:
@@ -266,42 +267,17 @@ class ChatSession:
         return "complete" if ended_by_itself else "cancelled"
 
     def _prompt(self, engine: AnswerEngine, answer: RunningAnswer) -> list[dict[str, str]]:
-        """The messages above the answer that fit; an answer that failed before its first word says nothing."""
-        thread = [
-            message for message in self.store.thread(answer.conversation_id, answer.message_id) if message.content
-        ]
-        system = str(self.store.message(answer.message_id).settings.get("system") or "")
-        above = [message for message in thread if message.id != answer.message_id]
-        turns = [{"role": message.role, "content": message.content} for message in above]
-        if answer.prefix:
-            turns.append({"role": "assistant", "content": answer.prefix})
-        before = next((message.settings for message in reversed(above) if message.role == "assistant"), {})
+        """The messages above the answer that fit."""
+        message = self.store.message(answer.message_id)
+        above = messages_above(self.store, message)
+        system, turns = prompt_parts(message, above, answer.prefix)
+        before = next((turn.settings for turn in reversed(above) if turn.role == "assistant"), {})
         answer.max_context = engine.info.max_context
-        prompt = fit_prompt(
-            [{"role": "system", "content": system}] if system else [],
-            turns,
-            engine.count_tokens,
-            answer.max_context - answer_reserve(answer.max_context, answer.params.max_tokens),
-            already_out=int(before.get("left_out") or 0),
-        )
+        room = answer.max_context - answer_reserve(answer.max_context, answer.params.max_tokens)
+        already_out = int(before.get("left_out") or 0)
+        prompt = fit_prompt(system, turns, engine.count_tokens, room, already_out=already_out)
         answer.left_out, answer.prompt_tokens = prompt.left_out, prompt.tokens
         return prompt.messages
-
-    def _keep(self, answer: RunningAnswer, status: str, error: str) -> None:
-        settings = {**self.store.message(answer.message_id).settings, "left_out": answer.left_out}
-        if answer.result is not None:
-            settings["seed"] = answer.result.seed
-        with self.store.atomic():
-            stats = {
-                **answer.stats(),
-                "max_context": answer.max_context,
-                "model": self.engine_state.info.model if self.engine_state.info else "",
-            }
-            self.store.save_answer(answer.message_id, answer.text, status, stats=stats, settings=settings, error=error)
-            if answer.trace.steps:
-                self.store.save_trace(
-                    answer.message_id, answer.trace.pack(), steps=len(answer.trace.steps), trace_format=TRACE_FORMAT
-                )
 
     def _leave(self, answer: RunningAnswer, status: str, error: str) -> None:
         with self._lock:

@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from app.chat import AnswerEngine
+from app.chat_parts import AnswerEngine
+from app.kept_answer import keep_answer, messages_above, prompt_parts
 from app.records import Message, StorageError
 from app.running_answer import RunningAnswer
 from app.storage import ConversationStore
-from app.tree_view import TRACE_FORMAT, unpack_trace
+from app.tree_view import unpack_trace
 from engine import EngineInfo, GenerationChunk, GenerationResult, SamplingParams
 
 __all__ = ["KeepingEngine", "Reproduced", "StoredAnswer", "open_store", "reproduce", "stored_answer"]
@@ -51,14 +52,14 @@ class KeepingEngine:
                 answer.add(chunk)
                 if chunk.result is not None:
                     status = "cancelled" if chunk.result.finish_reason == "cancelled" else "complete"
-                    self._keep(answer, status)
+                    keep_answer(self._store, answer, status, model=self.info.model)
                 yield chunk
         except Exception as failure:
             status, error = "error", str(failure)
             raise
         finally:
             if answer.result is None:
-                self._keep(answer, status, error)
+                keep_answer(self._store, answer, status, model=self.info.model, error=error)
 
     def _begin(self, messages: Sequence[dict[str, str]], params: SamplingParams) -> RunningAnswer:
         *before, question = messages
@@ -72,17 +73,6 @@ class KeepingEngine:
             )
         self.message_id = kept.id
         return RunningAnswer(conversation.id, kept.id, params)
-
-    def _keep(self, answer: RunningAnswer, status: str, error: str = "") -> None:
-        settings, store = self._store.message(answer.message_id).settings, self._store
-        if answer.result is not None:
-            settings["seed"] = answer.result.seed
-        stats = {**answer.stats(), "model": self.info.model}
-        with store.atomic():
-            store.save_answer(answer.message_id, answer.text, status, stats=stats, settings=settings, error=error)
-            if answer.trace.steps:
-                steps = len(answer.trace.steps)
-                store.save_trace(answer.message_id, answer.trace.pack(), steps=steps, trace_format=TRACE_FORMAT)
 
 
 @dataclass(frozen=True)
@@ -173,14 +163,9 @@ def _another_machine(stored: StoredAnswer, result: GenerationResult) -> str:
 
 
 def _prompt(store: ConversationStore, message: Message, prefix: str) -> list[dict[str, str]]:
-    """Return the prompt as the chat made it: without turns that did not fit, with the text that was gone on from."""
-    above = store.thread(message.conversation_id, message.id)[:-1]
-    turns = [{"role": turn.role, "content": turn.content} for turn in above if turn.content]
-    turns = turns[int(message.settings.get("left_out") or 0) :]
-    if prefix:
-        turns.append({"role": "assistant", "content": prefix})
-    system = str(message.settings.get("system") or "")
-    return [{"role": "system", "content": system}, *turns] if system else turns
+    """Return the prompt as the chat made it, without turns that did not fit."""
+    system, turns = prompt_parts(message, messages_above(store, message), prefix)
+    return [*system, *turns[int(message.settings.get("left_out") or 0) :]]
 
 
 def _continued_text(message: Message) -> str:

@@ -4,15 +4,19 @@ A CI machine has to have a browser: there a missing one is a failure.
 """
 
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from browser import CHROMIUM_FLAGS
+from browser import CHROMIUM_FLAGS, Page
 from browser import find_chromium as browser_path
+from fake_engine import FakeEngine, loader
 
+from app.chat import ChatSession
 from app.cli_test import find_chromium
+from app.storage import ConversationStore
 from engine import Engine
 from engine.models.loader import LoadedModel, open_model
 
@@ -37,6 +41,38 @@ def chromium() -> Iterator[Any]:
         browser = playwright.chromium.launch(executable_path=browser_path(), args=list(CHROMIUM_FLAGS))
         yield browser
         browser.close()
+
+
+@pytest.fixture
+def page(chromium: Any, address: str) -> Iterator[Page]:
+    """A page of its own, 1280 pixels wide, on the server that the module's `address` names."""
+    context = chromium.new_context(viewport={"width": 1280, "height": 800})
+    shown = Page(context.new_page(), address)
+    yield shown.open()
+    context.close()
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[ConversationStore]:
+    opened = ConversationStore(tmp_path / "chat.db")
+    yield opened
+    opened.close()
+
+
+@pytest.fixture
+def start(store: ConversationStore) -> Iterator[Callable[..., ChatSession]]:
+    """Sessions over stand-ins for an engine; closed at the end."""
+    sessions: list[ChatSession] = []
+
+    def begin(engine: FakeEngine | None = None, load: Any = None, **options: bool) -> ChatSession:
+        session = ChatSession(store, load or loader(engine or FakeEngine()), **options)
+        session.start()
+        sessions.append(session)
+        return session
+
+    yield begin
+    for session in sessions:
+        session.close()
 
 
 @pytest.fixture(autouse=True)

@@ -1,40 +1,16 @@
 """Edit, regenerate, go on, titles and the context: nothing that was written is lost or silently left out."""
 
 import threading
-from collections.abc import Callable, Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
-from fake_engine import INFO, FakeEngine, loader
+from fake_engine import INFO, FakeEngine
 from test_chat import WAIT_S, wait_for, wait_until
 
-from app.chat import ChatError, ChatSession
+from app.chat import ChatError
 from app.context import fit_prompt
 from app.storage import ConversationStore
 from app.titles import clean_title
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[ConversationStore]:
-    opened = ConversationStore(tmp_path / "chat.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def start(store: ConversationStore) -> Iterator[Callable[..., ChatSession]]:
-    sessions: list[ChatSession] = []
-
-    def begin(engine: FakeEngine | None = None, **options: bool) -> ChatSession:
-        session = ChatSession(store, loader(engine or FakeEngine()), **options)
-        session.start()
-        sessions.append(session)
-        return session
-
-    yield begin
-    for session in sessions:
-        session.close()
 
 
 def texts(store: ConversationStore, conversation_id: str) -> list[str]:

@@ -1,41 +1,18 @@
 """Answers that no page owns: saved while they grow, stopped only by Stop, never lost by a crash or an error."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from fake_engine import INFO, FakeEngine, loader
 
 from app.chat import ChatError, ChatSession
-from app.storage import ConversationNotFoundError, ConversationStore
+from app.storage import ConversationNotFoundError
 from app.tree_view import unpack_trace
 from engine import OutOfMemoryError
 
 WAIT_S = 20
-
-
-@pytest.fixture
-def store(tmp_path: Path) -> Iterator[ConversationStore]:
-    opened = ConversationStore(tmp_path / "chat.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
-def start(store: ConversationStore) -> Iterator[Callable[..., ChatSession]]:
-    sessions: list[ChatSession] = []
-
-    def begin(engine: FakeEngine | None = None, load=None) -> ChatSession:
-        session = ChatSession(store, load or loader(engine or FakeEngine()))
-        session.start()
-        sessions.append(session)
-        return session
-
-    yield begin
-    for session in sessions:
-        session.close()
 
 
 def wait_for(session: ChatSession, conversation_id: str) -> None:

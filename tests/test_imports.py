@@ -42,6 +42,7 @@ LAYERS = [
     {"actions"},
     {"page_data", "trace", "status", "race"},
     {"chat"},
+    {"kept_answer"},
     {"running_answer", "title_queue", "importing"},
     {"import_formats", "settings", "titles", "context", "chat_parts"},
     {"export", "search", "presets", "measured"},

@@ -19,14 +19,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def page(chromium: Any, address: str) -> Iterator[Page]:
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    shown = Page(context.new_page(), address)
-    yield shown.open()
-    context.close()
-
-
 def test_answer_streams_in_and_the_conversation_survives_a_reload(page: Page) -> None:
     assert page.page.locator(".examples button").count() == 4
     page.send("Tell me about dragons")

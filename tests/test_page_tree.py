@@ -23,14 +23,6 @@ def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
         yield url
 
 
-@pytest.fixture
-def page(chromium: Any, address: str) -> Iterator[Page]:
-    context = chromium.new_context(viewport={"width": 1280, "height": 800})
-    shown = Page(context.new_page(), address)
-    yield shown.open()
-    context.close()
-
-
 def words(count: int) -> str:
     return "echo:" + " ".join(f"word{number}" for number in range(count))
 

@@ -1,18 +1,10 @@
 """Search, pins, folders and the bin: what is found, what is hidden, and when something is removed for good."""
 
-from pathlib import Path
 
 import pytest
 
 from app.search import MARK_END, MARK_START, search
 from app.storage import KEPT_DAYS, ConversationStore, StorageError
-
-
-@pytest.fixture
-def store(tmp_path: Path):
-    opened = ConversationStore(tmp_path / "chat.db")
-    yield opened
-    opened.close()
 
 
 def talk(store: ConversationStore, title: str, *texts: str) -> str:

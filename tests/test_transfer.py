@@ -68,13 +68,6 @@ SHAREGPT = [
 
 
 @pytest.fixture
-def store(tmp_path: Path):
-    opened = ConversationStore(tmp_path / "chat.db")
-    yield opened
-    opened.close()
-
-
-@pytest.fixture
 def other(tmp_path: Path):
     opened = ConversationStore(tmp_path / "other.db")
     yield opened

@@ -79,6 +79,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--start-heads", type=Path, metavar="HEADS", help="go on from these heads; their shape and vocabulary stay"
     )
+    _add_shape(parser)
+    _add_learning(parser)
+    _add_joint(parser)
+
+
+def _add_shape(parser: argparse.ArgumentParser) -> None:
     shape = parser.add_argument_group("heads")
     shape.add_argument("--heads", type=at_least(1), default=4, metavar="N", help="number of heads (default: 4)")
     shape.add_argument("--layers", type=at_least(1), default=2, metavar="N", help="blocks a head (default: 2)")
@@ -90,6 +96,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument(
         "--draft-vocab", type=at_least(1), default=16384, metavar="N", help="tokens of a truncated output"
     )
+
+
+def _add_learning(parser: argparse.ArgumentParser) -> None:
     learn = parser.add_argument_group("learning")
     learn.add_argument("--epochs", type=at_least(0, float), metavar="N", help="default: 4; medusa2: 1")
     learn.add_argument("--time-limit", type=at_least(1, float), metavar="SECONDS", help="of all starts together")
@@ -106,6 +115,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     learn.add_argument(
         "--save-every", type=at_least(0, float), default=60.0, metavar="SECONDS", help="checkpoint (default: 60)"
     )
+    learn.add_argument("--storage", choices=list(STORAGES), default="int8", help="numbers in the file (default: int8)")
+
+
+def _add_joint(parser: argparse.ArgumentParser) -> None:
     joint = parser.add_argument_group("medusa2")
     joint.add_argument(
         "--lambda0",
@@ -127,7 +140,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="SHARE",
         help=f"part over which lambda0 rises to its value (default: {JointPlan.ramp})",
     )
-    learn.add_argument("--storage", choices=list(STORAGES), default="int8", help="numbers in the file (default: int8)")
 
 
 def _width(text: str) -> int | None:
