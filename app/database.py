@@ -38,8 +38,26 @@ class DataFile:
     @contextmanager
     def atomic(self) -> Iterator[None]:
         """Make several calls one transaction: all of them are on disk afterwards, or none."""
-        with self._lock, _as_storage_error(self.path), self._db.atomic():
+        with self._lock, _as_storage_error(self.path):
+            if self._db.conn.in_transaction:
+                with self._db.atomic():
+                    yield
+            else:
+                with self._write_transaction():
+                    yield
+
+    @contextmanager
+    def _write_transaction(self) -> Iterator[None]:
+        # IMMEDIATE, because SQLite waits for another process's write only before a transaction's first read: one that
+        # has read and then wants to write is refused at once, whatever the busy timeout.
+        connection = self._db.conn
+        connection.execute("BEGIN IMMEDIATE")
+        try:
             yield
+            connection.execute("COMMIT")
+        except BaseException:
+            connection.rollback()
+            raise
 
     def rows(self, sql: str, parameters: Sequence[Any] = ()) -> list[dict[str, Any]]:
         """Read rows as dictionaries; values go in as parameters, never into the SQL."""

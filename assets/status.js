@@ -44,7 +44,7 @@ function factsOf(value) {
     el("span", { class: "fact model" }, value.model),
     el("span", { class: "fact detail" }, place.filter(Boolean).join(" · ")),
     value.medusa
-      ? badge("good", `Medusa · ${value.heads} heads`)
+      ? badge("good", "Medusa", `${value.heads} heads draft`)
       : badge("warn", `Medusa unavailable: ${value.reason || "no heads were found for this model"}`),
     ...value.notes.map((note) => badge("note", note)),
   ];

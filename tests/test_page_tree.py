@@ -197,7 +197,7 @@ def test_a_head_that_never_hits_shows_zero(page: Page) -> None:
 
 
 def test_status_line_says_what_medusa_gains_here(page: Page) -> None:
-    page.page.wait_for_selector(".badge:has-text('Medusa · 3 heads')")
+    page.page.wait_for_selector(".badge[title='3 heads draft']:has-text('Medusa')")
     for _ in range(2):
         answered(page, 120)
     page.page.click("#medusa-switch input")
