@@ -17,29 +17,62 @@
 #define KERNEL_ROWS 16
 typedef struct { __m512i group[GROUPS]; } Codes;
 
+/* The high half of every byte: one instruction where there is a bit matrix product, two otherwise. */
+INLINE __m512i high_nibbles(__m512i bytes) {
+#if defined(__GFNI__)
+    return _mm512_gf2p8affine_epi64_epi8(bytes, _mm512_set1_epi64(0x1020408000000000), 0);
+#else
+    return _mm512_and_si512(_mm512_srli_epi16(bytes, 4), _mm512_set1_epi8(15));
+#endif
+}
 INLINE void codes_q4(const uint8_t *packed, Codes *codes) {
-    const __m512i low = _mm512_set1_epi8(15);
     for (int g = 0; g < 4; g++) {
         __m512i both = _mm512_loadu_si512(packed + 64 * g);
-        codes->group[g] = _mm512_and_si512(both, low);
-        codes->group[g + 4] = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        codes->group[g] = _mm512_and_si512(both, _mm512_set1_epi8(15));
+        codes->group[g + 4] = high_nibbles(both);
     }
 }
 INLINE void codes_q8(const uint8_t *packed, Codes *codes) {
     for (int g = 0; g < GROUPS; g++) codes->group[g] = _mm512_loadu_si512(packed + 64 * g);
 }
-INLINE __m512i dot_groups(const Codes *codes, const int8_t *x, __m512i sum) {
-    for (int g = 0; g < GROUPS; g++) {
-        int32_t four;
-        memcpy(&four, x + 4 * g, 4);
-        sum = _mm512_dpbusd_epi32(sum, codes->group[g], _mm512_set1_epi32(four));
-    }
-    return sum;
+INLINE __m512i add_group(const Codes *codes, int g, const int8_t *x, __m512i sum) {
+    int32_t four;
+    memcpy(&four, x + 4 * g, 4);
+    return _mm512_dpbusd_epi32(sum, codes->group[g], _mm512_set1_epi32(four));
 }
-INLINE vi dot_q4(const Codes *codes, const int8_t *x) { return dot_groups(codes, x, _mm512_setzero_si512()); }
-/* Stored codes are offset by 128; `correction` is -128 times the sum of x. */
-INLINE vi dot_q8(const Codes *codes, const int8_t *x, int32_t correction) {
-    return dot_groups(codes, x, _mm512_set1_epi32(correction));
+
+/* Up to four rows side by side: a sum is a chain of products that wait for each other, and one row's chain leaves the
+ * units idle. Few rows get two chains each. */
+INLINE void dots_side_by_side(const Codes *codes, const int8_t *x, const int rows, vi *dots) {
+    const int is_split = rows < 4, chain = is_split ? GROUPS / 2 : GROUPS;
+    __m512i other[4];
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++) other[row] = _mm512_setzero_si512();
+#pragma GCC unroll 8
+    for (int g = 0; g < chain; g++)
+#pragma GCC unroll 4
+        for (int row = 0; row < rows; row++) {
+            dots[row] = add_group(codes, g, x + row * BLOCK, dots[row]);
+            if (is_split) other[row] = add_group(codes, g + chain, x + row * BLOCK, other[row]);
+        }
+#pragma GCC unroll 4
+    for (int row = 0; row < rows && is_split; row++) dots[row] = _mm512_add_epi32(dots[row], other[row]);
+}
+INLINE void dots_of_rows(const Codes *codes, const int8_t *x, const int rows, vi *dots) {
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row += 4)
+        dots_side_by_side(codes, x + row * BLOCK, rows - row < 4 ? rows - row : 4, dots + row);
+}
+INLINE void dots_q4(const Codes *codes, const int8_t *x, const int rows, vi *dots) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; row++) dots[row] = _mm512_setzero_si512();
+    dots_of_rows(codes, x, rows, dots);
+}
+/* Stored codes are offset by 128; a row's correction is -128 times the sum of its x. */
+INLINE void dots_q8(const Codes *codes, const int8_t *x, const int32_t *correction, const int rows, vi *dots) {
+#pragma GCC unroll 16
+    for (int row = 0; row < rows; row++) dots[row] = _mm512_set1_epi32(correction[row]);
+    dots_of_rows(codes, x, rows, dots);
 }
 
 #elif defined(SIMD_AVX2) || defined(SIMD_AVX512)
@@ -159,6 +192,17 @@ INLINE vi dot_q4(const Codes *codes, const int8_t *x) { return dot_groups(codes,
 INLINE vi dot_q8(const Codes *codes, const int8_t *x, int32_t correction) {
     (void)correction;
     return dot_groups(codes, x);
+}
+#endif
+
+#if !defined(SIMD_AVX512) || !defined(__AVX512VNNI__)
+INLINE void dots_q4(const Codes *codes, const int8_t *x, const int rows, vi *dots) {
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++) dots[row] = dot_q4(codes, x + row * BLOCK);
+}
+INLINE void dots_q8(const Codes *codes, const int8_t *x, const int32_t *correction, const int rows, vi *dots) {
+#pragma GCC unroll 4
+    for (int row = 0; row < rows; row++) dots[row] = dot_q8(codes, x + row * BLOCK, correction[row]);
 }
 #endif
 

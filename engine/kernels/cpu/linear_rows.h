@@ -29,9 +29,11 @@ INLINE void q4_rows(const uint8_t *tile, const Activations *x, const int rows, f
         Codes codes;
         codes_q4(tile + 256 * (size_t)block, &codes);
         const vf scale = vf_half(scales + block * TILE), minimum = vf_half(minimums + block * TILE);
+        vi dots[KERNEL_ROWS];
+        dots_q4(&codes, codes_x, rows, dots);
 #pragma GCC unroll 16
         for (int row = 0; row < rows; row++) {
-            vf dot = vf_from_int(dot_q4(&codes, codes_x + row * BLOCK));
+            vf dot = vf_from_int(dots[row]);
             sums[row] = vf_fma(dot, vf_mul(scale, vf_set1(scale_x[row])), sums[row]);
             sums[row] = vf_fma(minimum, vf_set1(sum_x[row]), sums[row]);
         }
@@ -54,9 +56,11 @@ INLINE void q8_rows(const uint8_t *tile, const Activations *x, const int rows, f
         Codes codes;
         codes_q8(tile + 512 * (size_t)block, &codes);
         const vf scale = vf_half(scales + block * TILE);
+        vi dots[KERNEL_ROWS];
+        dots_q8(&codes, codes_x, correction, rows, dots);
 #pragma GCC unroll 16
         for (int row = 0; row < rows; row++) {
-            vf dot = vf_from_int(dot_q8(&codes, codes_x + row * BLOCK, correction[row]));
+            vf dot = vf_from_int(dots[row]);
             sums[row] = vf_fma(dot, vf_mul(scale, vf_set1(scale_x[row])), sums[row]);
         }
     }
