@@ -28,7 +28,8 @@ class HeadsConfig:
       "path" adds every token between the hidden state and the guess, as in Hydra (arXiv 2402.05109).
     - `output`: "own" a [vocab, hidden] matrix a head, "shared" the backbone's `lm_head`, "truncated" the rows of
       `lm_head` for the draft vocabulary, "own_truncated" an own matrix over the draft vocabulary.
-    - `draft_vocab` is the size of the draft vocabulary, 0 for the full one.
+    - `draft_vocab` is the size of the draft vocabulary, 0 for the full one. `frequent_first`: it is in order of use,
+      so that a machine for which scores are dear may draft from its first tokens alone.
     """
 
     hidden_size: int
@@ -39,6 +40,7 @@ class HeadsConfig:
     sees: str = "hidden"
     output: str = "shared"
     draft_vocab: int = 0
+    frequent_first: bool = False
 
     def __post_init__(self) -> None:
         _one_of("sees", self.sees, SEES)

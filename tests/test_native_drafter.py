@@ -2,12 +2,14 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 import torch
 from small_decoder import CONFIG, random_tree, random_weights
 from torch import Tensor, nn
 
+from engine import native_drafter
 from engine.block_weights import DenseWeight, quantize_q4
 from engine.draft import HeadsDrafter
 from engine.heads import HeadsConfig, MedusaHeads
@@ -55,6 +57,23 @@ def float_drafter(heads: MedusaHeads, runner: NativeRunner) -> HeadsDrafter:
 
 def lm_head(runner: NativeRunner) -> DenseWeight:
     return DenseWeight(runner.embed(torch.arange(VOCAB)))
+
+
+@pytest.mark.parametrize("output", ["truncated", "own_truncated"])
+def test_drafts_from_the_most_used_tokens_alone(
+    runner: NativeRunner, monkeypatch: pytest.MonkeyPatch, output: str
+) -> None:
+    monkeypatch.setattr(native_drafter, "_FREQUENT_TOKENS", 20)
+    torch.manual_seed(6)
+    heads = heads_of("root", output, 70)
+    assert heads.token_map is not None
+    tree = CandidateTree.from_choices([(rank,) for rank in range(20)])
+    first, whole = set(heads.token_map[:20].tolist()), set(heads.token_map.tolist())
+    for is_ordered in (True, False):
+        heads.config = replace(heads.config, frequent_first=is_ordered)
+        drafter = NativeDrafter(heads, runner, to_q8(lm_head(runner)))
+        found = {token for hidden in torch.randn(30, HIDDEN) for token in drafter.draft(hidden, 5, tree).tokens[1:]}
+        assert found == first if is_ordered else first < found <= whole
 
 
 @pytest.mark.parametrize(("sees", "output", "draft_vocab"), VARIANTS)

@@ -40,7 +40,15 @@ class Variant:
     changes: dict[str, object] = field(default_factory=dict)
 
 
-BUNDLED = {"num_heads": 4, "num_layers": 2, "width": 2048, "sees": "path", "output": "truncated", "draft_vocab": 16384}
+BUNDLED = {
+    "num_heads": 4,
+    "num_layers": 2,
+    "width": 2048,
+    "sees": "path",
+    "output": "truncated",
+    "draft_vocab": 16384,
+    "frequent_first": True,
+}
 PAPER = {"num_layers": 1, "width": None, "sees": "hidden"}
 VARIANTS = (
     Variant("path (bundled)"),

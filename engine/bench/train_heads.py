@@ -191,6 +191,7 @@ def train_variant(
         vocab_size=config.vocab_size,
         num_heads=args.heads,
         draft_vocab=vocabulary.rows.shape[0],
+        frequent_first=True,
         **variant.shape,  # type: ignore[arg-type]
     )
     heads = build_heads(shape, vocabulary)

@@ -125,8 +125,8 @@ def _trainer(
     config = model.backbone.config
     vocabulary = Vocabulary(model, most_used_tokens(train, DRAFT_VOCAB, config.vocab_size))
     shape: dict[str, Any] = {"num_layers": 2, "width": WIDTH, "sees": "path", "output": "truncated"}
-    size = vocabulary.rows.shape[0]
-    heads = build_heads(HeadsConfig(config.hidden_size, config.vocab_size, draft_vocab=size, **shape), vocabulary)
+    shape |= {"draft_vocab": vocabulary.rows.shape[0], "frequent_first": True}
+    heads = build_heads(HeadsConfig(config.hidden_size, config.vocab_size, **shape), vocabulary)
     lanes = build_lanes(model, train, TrainingPlan.window, processes, say)
     say(f"{lanes.cache.num_tokens:,} of {lanes.num_tokens:,} tokens here")
     return HeadTrainer(heads, vocabulary, lanes, TrainingPlan(**plan), checkpoint, processes)

@@ -237,6 +237,7 @@ def _shape(args: argparse.Namespace, model: TrainingModel, vocabulary: Vocabular
         sees=args.sees,
         output=args.output,
         draft_vocab=0 if vocabulary.token_map is None else vocabulary.rows.shape[0],
+        frequent_first=vocabulary.token_map is not None,
     )
 
 

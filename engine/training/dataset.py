@@ -107,9 +107,9 @@ def hold_back(text: TextSet) -> tuple[TextSet, TextSet]:
 
 
 def most_used_tokens(text: TextSet, count: int, vocab_size: int) -> Tensor:
-    """Return the ids of the `count` tokens that answers use most, ascending, int64 [count]."""
+    """Return the ids of the `count` tokens that answers use most, the most used first, int64 [count]."""
     used = torch.bincount(text.tokens[text.labels.bool()].long(), minlength=vocab_size)
-    return used.argsort(descending=True, stable=True)[:count].sort().values
+    return used.argsort(descending=True, stable=True)[:count]
 
 
 def count_runs(labels: Tensor, lengths: Tensor) -> Tensor:
