@@ -97,7 +97,7 @@ static void keep_best(Best *best, const LinearJob *job, int tile, int rows, cons
     }
 }
 
-static void linear_tiles(const LinearJob *job, int item, Best *best) {
+static void run_item(const LinearJob *job, int item, Best *best) {
     _Alignas(64) float out[CHUNK * TILE];
     const int tiles = (job->matrix->n + TILE - 1) / TILE, first = item * TILES_PER_ITEM;
     for (int tile = first; tile < first + TILES_PER_ITEM && tile < tiles; tile++)
@@ -118,7 +118,7 @@ static void linear_task(void *context, int thread, int num_threads) {
         quantize_row(&job->activations, row, job->x + (size_t)row * (size_t)job->matrix->k);
     linear_begin(job->rows);
     FOR_EACH_ITEM(&walk, item, (tiles + TILES_PER_ITEM - 1) / TILES_PER_ITEM)
-        linear_tiles(job, item, job->best + thread * MAX_ROWS);
+        run_item(job, item, job->best + thread * MAX_ROWS);
     linear_end();
 }
 

@@ -176,8 +176,7 @@ static void project_head(Decoder *d, int layer, int job) {
     const int head = is_query ? job : (job - c->heads) % c->kv_heads;
     const Matrix *matrix = is_query ? weights->query : is_key ? weights->key : weights->value;
     _Alignas(64) float tiles[MAX_HEAD_DIM / TILE][MAX_ROWS * TILE], values[MAX_HEAD_DIM];
-    for (int tile = 0; tile < dim / TILE; tile++)
-        linear_tile_all(matrix, head * dim / TILE + tile, &d->to_layer, d->num_nodes, tiles[tile]);
+    linear_tiles(matrix, head * dim / TILE, dim / TILE, &d->to_layer, d->num_nodes, tiles[0]);
     for (int row = 0; row < d->num_nodes; row++) {
         int slot;
         for (int tile = 0; tile < dim / TILE; tile++) vf_store(values + tile * TILE, vf_load(tiles[tile] + row * TILE));
@@ -193,25 +192,25 @@ static void project_head(Decoder *d, int layer, int job) {
     }
 }
 
-/* x += matrix times the quantised input, for 16 outputs of all rows. */
-static void project_back(Decoder *d, const Matrix *matrix, const Activations *input, int tile) {
-    _Alignas(64) float out[MAX_ROWS * TILE];
-    linear_tile_all(matrix, tile, input, d->num_nodes, out);
-    for (int row = 0; row < d->num_nodes; row++) {
-        float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
-        const vf sum = vf_add(vf_load(x), vf_load(out + row * TILE));
-        vf_store(x, sum);
-        keep_squares(d, row, tile, sum);
-    }
+/* x += matrix times the quantised input, for 32 outputs of all rows. */
+static void project_back(Decoder *d, const Matrix *matrix, const Activations *input, int block) {
+    _Alignas(64) float out[2][MAX_ROWS * TILE];
+    linear_tiles(matrix, 2 * block, 2, input, d->num_nodes, out[0]);
+    for (int row = 0; row < d->num_nodes; row++)
+        for (int half = 0; half < 2; half++) {
+            const int tile = 2 * block + half;
+            float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
+            const vf sum = vf_add(vf_load(x), vf_load(out[half] + row * TILE));
+            vf_store(x, sum);
+            keep_squares(d, row, tile, sum);
+        }
 }
 
 /* SiLU(gate) * up for 32 channels of all rows, quantised for the down projection. */
 static void gate_up_block(Decoder *d, const DecoderLayer *weights, int block) {
     _Alignas(64) float gate[2][MAX_ROWS * TILE], up[2][MAX_ROWS * TILE], values[BLOCK];
-    for (int half = 0; half < 2; half++)
-        linear_tile_all(weights->gate, 2 * block + half, &d->to_layer, d->num_nodes, gate[half]);
-    for (int half = 0; half < 2; half++)
-        linear_tile_all(weights->up, 2 * block + half, &d->to_layer, d->num_nodes, up[half]);
+    linear_tiles(weights->gate, 2 * block, 2, &d->to_layer, d->num_nodes, gate[0]);
+    linear_tiles(weights->up, 2 * block, 2, &d->to_layer, d->num_nodes, up[0]);
     for (int row = 0; row < d->num_nodes; row++) {
         for (int half = 0; half < 2; half++) {
             const vf silu = vf_silu(vf_load(gate[half] + row * TILE));
@@ -240,13 +239,13 @@ static void run_layer(Decoder *d, int layer, Walk *walk, int num_threads) {
     FOR_EACH_ITEM(walk, item, attention_items(&attention, num_threads))
         attention_item(&attention, layer, item, num_threads, d->work[walk->thread]);
     lap(d, walk, PART_ATTENTION);
-    FOR_EACH_ITEM(walk, tile, c->hidden / TILE) project_back(d, weights->output, &d->to_output, tile);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) project_back(d, weights->output, &d->to_output, block);
     lap(d, walk, PART_OUTPUT);
     FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->mlp_norm, block, NULL);
     lap(d, walk, PART_NORMS);
     FOR_EACH_ITEM(walk, block, c->intermediate / BLOCK) gate_up_block(d, weights, block);
     lap(d, walk, PART_GATE_UP);
-    FOR_EACH_ITEM(walk, tile, c->hidden / TILE) project_back(d, weights->down, &d->to_down, tile);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) project_back(d, weights->down, &d->to_down, block);
     lap(d, walk, PART_DOWN);
 }
 

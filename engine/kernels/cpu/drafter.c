@@ -109,30 +109,32 @@ static void gather(const Drafter *d, int depth, int row, const Activations *to) 
 
 static void up_block(const Matrix *up, const Activations *from, const Activations *to, int rows, int block) {
     _Alignas(64) float out[2][MAX_ROWS * TILE], inner[BLOCK];
-    for (int half = 0; half < 2; half++) linear_tile_all(up, 2 * block + half, from, rows, out[half]);
+    linear_tiles(up, 2 * block, 2, from, rows, out[0]);
     for (int row = 0; row < rows; row++) {
         for (int half = 0; half < 2; half++) vf_store(inner + half * LANES, vf_silu(vf_load(out[half] + row * TILE)));
         quantize_block(to, row, block, inner);
     }
 }
 
-static void down_tile(const Drafter *d, const Matrix *down, const Activations *from, int rows, int tile) {
-    _Alignas(64) float out[MAX_ROWS * TILE];
-    linear_tile_all(down, tile, from, rows, out);
-    for (int row = 0; row < rows; row++) {
-        float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)(tile * TILE);
-        vf_store(x, vf_add(vf_load(x), vf_load(out + row * TILE)));
-    }
+static void down_block(const Drafter *d, const Matrix *down, const Activations *from, int rows, int block) {
+    _Alignas(64) float out[2][MAX_ROWS * TILE];
+    linear_tiles(down, 2 * block, 2, from, rows, out[0]);
+    for (int row = 0; row < rows; row++)
+        for (int half = 0; half < 2; half++) {
+            float *x = d->x + (size_t)row * (size_t)d->config.hidden + (size_t)((2 * block + half) * TILE);
+            vf_store(x, vf_add(vf_load(x), vf_load(out[half] + row * TILE)));
+        }
 }
 
 static void score_tiles(const Drafter *d, const Matrix *output, const Activations *from, int rows, int item) {
-    _Alignas(64) float out[MAX_ROWS * TILE];
-    const int tiles = (output->n + TILE - 1) / TILE, last = (item + 1) * TILES_PER_ITEM;
-    for (int tile = item * TILES_PER_ITEM; tile < tiles && tile < last; tile++) {
-        const int left = output->n - tile * TILE, width = left < TILE ? left : TILE;
-        linear_tile_all(output, tile, from, rows, out);
+    _Alignas(64) float out[TILES_PER_ITEM][MAX_ROWS * TILE];
+    const int tiles = (output->n + TILE - 1) / TILE, first = item * TILES_PER_ITEM;
+    const int count = tiles - first < TILES_PER_ITEM ? tiles - first : TILES_PER_ITEM;
+    linear_tiles(output, first, count, from, rows, out[0]);
+    for (int i = 0; i < count; i++) {
+        const int at = (first + i) * TILE, left = output->n - at, width = left < TILE ? left : TILE;
         for (int row = 0; row < rows; row++)
-            memcpy(d->scores + (size_t)row * (size_t)output->n + (size_t)(tile * TILE), out + row * TILE,
+            memcpy(d->scores + (size_t)row * (size_t)output->n + (size_t)at, out[i] + row * TILE,
                    sizeof(float) * (size_t)width);
     }
 }
@@ -166,7 +168,7 @@ static void draft_depth(Drafter *d, int depth, Walk *walk) {
     for (int block = 0; block < d->config.blocks; block++) {
         const Matrix *up = matrix_of(d, depth, 2 * block), *down = matrix_of(d, depth, 2 * block + 1);
         FOR_EACH_ITEM(walk, item, d->config.width / BLOCK) up_block(up, block ? &to_output : &to_up, &to_down, rows, item);
-        FOR_EACH_ITEM(walk, tile, hidden / TILE) down_tile(d, down, &to_down, rows, tile);
+        FOR_EACH_ITEM(walk, item, hidden / BLOCK) down_block(d, down, &to_down, rows, item);
         FOR_EACH_ITEM(walk, row, rows) quantize_row(&to_output, row, d->x + (size_t)row * (size_t)hidden);
     }
     FOR_EACH_ITEM(walk, item, score_items) score_tiles(d, output, &to_output, rows, item);

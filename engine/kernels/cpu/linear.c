@@ -3,6 +3,7 @@
 
 #include "dots.h"
 #include "linear_amx.h"
+#include "linear_pairs.h"
 #include "linear_rows.h"
 
 size_t activations_bytes(int k) {
@@ -70,9 +71,21 @@ void linear_tile(const Matrix *matrix, int tile, const Activations *x, int chunk
     }
 }
 
-void linear_tile_all(const Matrix *matrix, int tile, const Activations *x, int num_rows, float *out) {
+static void tile_of_all_rows(const Matrix *matrix, int tile, const Activations *x, int num_rows, float *out) {
     for (int row = 0; row < num_rows; row += CHUNK) {
         const int left = num_rows - row;
         linear_tile(matrix, tile, x, row / CHUNK, left < CHUNK ? left : CHUNK, out + row * TILE);
     }
+}
+
+void linear_tiles(const Matrix *matrix, int first, int count, const Activations *x, int num_rows, float *out) {
+    int done = 0;
+#if defined(HAS_PAIRS)
+    for (; num_rows <= PAIR_ROWS && done + 2 <= count; done += 2) {
+        float *to = out + done * MAX_ROWS * TILE;
+        const uint8_t *data = matrix->data + matrix->tile_bytes * (size_t)(first + done);
+        PAIRS[matrix->kind == KIND_Q8][num_rows - 1](data, matrix->tile_bytes, x, to, to + MAX_ROWS * TILE);
+    }
+#endif
+    for (; done < count; done++) tile_of_all_rows(matrix, first + done, x, num_rows, out + done * MAX_ROWS * TILE);
 }

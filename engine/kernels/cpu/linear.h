@@ -55,7 +55,7 @@ void linear_end(void);
 /* Outputs 16 tile .. 16 tile + 15 of rows 16 chunk .. + num_rows: out [num_rows][16]. */
 void linear_tile(const Matrix *matrix, int tile, const Activations *x, int chunk, int num_rows, float *out);
 
-/* The same for all of num_rows rows: out [num_rows][16]. */
-void linear_tile_all(const Matrix *matrix, int tile, const Activations *x, int num_rows, float *out);
+/* Tiles first .. first + count - 1 of all of num_rows rows: out [count][MAX_ROWS][16]. */
+void linear_tiles(const Matrix *matrix, int first, int count, const Activations *x, int num_rows, float *out);
 
 #endif
