@@ -53,7 +53,7 @@ START = Command("app.cli_app", "start the app and open it in the browser", uses_
 COMMANDS = {
     "ask": Command("app.cli_ask", "answer prompts in the terminal, as text or as JSON", uses_model=True),
     "bench": Command("app.cli_bench", "measure this machine: Medusa on and off, and other programs", uses_model=True),
-    "distill": Command("engine.training.cli_distill", "let a model write its own training data"),
+    "distill": Command("app.cli_distill", "let a model write its own training data"),
     "train": Command("engine.training.cli_train", "train draft heads on that data"),
     "calibrate": Command("engine.training.cli_calibrate", "measure draft heads and choose their candidate trees"),
     "export": Command("engine.models.cli_export", "write draft heads for another program"),

@@ -18,6 +18,7 @@ ALLOWED = {
         "ask",
         "cli_ask",
         "cli_bench",
+        "cli_distill",
         "running_answer",
         "race",
         "saved_answers",
@@ -33,7 +34,7 @@ ALLOWED = {
     "tkinter": set(),
 }
 # Commands that hand over to a tool of the engine's, by the one module that is its entrance.
-ENTRANCES = {"cli_bench": "engine.bench.command"}
+ENTRANCES = {"cli_bench": "engine.bench.command", "cli_distill": "engine.training.distill_command"}
 # Within the app, from the page down; a module may import those that stand below it.
 LAYERS = [
     {"server"},

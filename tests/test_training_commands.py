@@ -46,7 +46,7 @@ TINY = "--width 256 --draft-vocab 1024 --batch-tokens 256 --device cpu"
 def command(line: str) -> int:
     """Run a training command in this process."""
     name, *words = line.split()
-    module = importlib.import_module(f"engine.training.cli_{name}")
+    module = importlib.import_module("app.cli_distill" if name == "distill" else f"engine.training.cli_{name}")
     parser = argparse.ArgumentParser()
     module.add_arguments(parser)
     return module.run(parser.parse_args(words))
@@ -104,6 +104,9 @@ def test_commands_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
     assert top1(tuned, tuned_heads, held_back) > top1(tuned, fresh, held_back) + 0.02
     engine = Engine.load(str(tuned_path), device="cpu")
     assert engine.info.has_heads and NestedTree.beside(tuned_path / HEADS_FILE).expected
+    more = f"distill --out {tmp_path}/more --model {tuned_path} --prompts {tmp_path}/prompts.txt --tokens 40"
+    assert command(f"{more} --max-answer 8 --slots 2 --device cpu") == 0
+    assert next(read_documents(tmp_path / "more")).num_labels > 0
     assert answer(engine, medusa=True) == answer(engine, medusa=False)
 
 

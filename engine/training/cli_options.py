@@ -4,7 +4,9 @@ import argparse
 import sys
 import time
 from collections.abc import Callable
+from functools import wraps
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,7 +31,7 @@ __all__ = [
 
 BAD_INPUT = 2
 Report = Callable[[str], None]
-Command = Callable[[argparse.Namespace], int]
+Command = Callable[..., int]
 
 
 def add_base_options(parser: argparse.ArgumentParser) -> None:
@@ -91,9 +93,10 @@ def told_in_a_sentence(command: Command) -> Command:
     Of several processes the first speaks where all refuse the same, and each of what happens to it alone.
     """
 
-    def run(args: argparse.Namespace) -> int:
+    @wraps(command)
+    def run(*given: Any) -> int:
         try:
-            return command(args)
+            return command(*given)
         except EngineError as error:
             sentence = str(error) if is_first_of_launch() else ""
         except OSError as error:

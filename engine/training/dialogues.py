@@ -67,9 +67,11 @@ class Script:
         random: Random,
         given: Iterator[GivenPrompt] | None = None,
         keep: Callable[[Document], None] = lambda document: None,
+        reject: Callable[[int], None] = lambda source: None,
     ) -> None:
         self.tokenizer, self.chat, self.plan, self.queries = tokenizer, chat, plan, queries
         self.capacity, self.random, self.given, self.keep = capacity, random, given, keep
+        self.reject = reject  # told of a given prompt whose answer is not kept
         self.num_rejected = 0
 
     def start(self, slot: int) -> tuple[Dialogue, Placement] | None:
@@ -123,6 +125,8 @@ class Script:
         answer = text[dialogue.turn_start :]
         if repetition(answer, 4) > self.plan.max_repetition:
             self.num_rejected += 1
+            if dialogue.source >= 0:
+                self.reject(dialogue.source)
             self._finish(dialogue, text)
             return None
         dialogue.spans.append((dialogue.turn_start, len(text)))

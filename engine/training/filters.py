@@ -32,6 +32,10 @@ class QueryFilter:
         """Count a query of an earlier run as seen."""
         self._seen.add(hash(" ".join(_words(query))))
 
+    def is_held_out(self, query: str) -> bool:
+        """Return whether `query` is a held-out prompt, nearly."""
+        return self.is_near_held_out(_words(query))
+
     def is_near_held_out(self, words: Sequence[str]) -> bool:
         """Return whether the words are those of a held-out prompt, nearly."""
         own = frozenset(words)

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from engine.errors import InvalidParameterError
 
-__all__ = ["PromptFile", "read_prompt_file"]
+__all__ = ["Message", "PromptFile", "read_prompt_file"]
 
 Message = dict[str, str]
 

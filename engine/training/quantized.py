@@ -50,9 +50,7 @@ def plain_matrix(linear: nn.Module, columns: int, device: str | torch.device, dt
     return linear(torch.eye(columns, device=device, dtype=dtype)).T.float()
 
 
-def _try_out(
-    quantize: str, make: LinearFactory, columns: int, device: str | torch.device, dtype: torch.dtype
-) -> None:
+def _try_out(quantize: str, make: LinearFactory, columns: int, device: str | torch.device, dtype: torch.dtype) -> None:
     """Raise RuntimeError where a matrix of so many columns does not come back from its format."""
     values = torch.randn(128, columns, generator=torch.Generator().manual_seed(0))
     back = plain_matrix(make(DenseWeight(values)), columns, device, dtype)

@@ -43,9 +43,7 @@ class AnswerRanks:
 
 
 @torch.no_grad()
-def measure_ranks(
-    heads: MedusaHeads, cache: HiddenCache, vocabulary: Vocabulary, chunk: int = 8192
-) -> AnswerRanks:
+def measure_ranks(heads: MedusaHeads, cache: HiddenCache, vocabulary: Vocabulary, chunk: int = 8192) -> AnswerRanks:
     """Return the ranks of the true tokens at all anchors of the cache."""
     anchors = cache.anchors()
     # An answer ends where the next anchor is not the next token.

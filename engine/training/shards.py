@@ -39,20 +39,17 @@ class Document:
 class ShardWriter:
     """Collects documents and writes a shard whenever `shard_tokens` are full; opens on what is already there.
 
-    `about` describes the run; a folder written for another model is refused.
+    `about` describes the run: a folder written for another model, from other prompts or by another server is refused.
     """
 
     def __init__(self, folder: Path, about: dict[str, object], shard_tokens: int = 1_000_000) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.shard_tokens = folder, shard_tokens
         self.index = read_index(folder) or {"version": 1, "about": about, "shards": []}
-        known = self.index["about"]
-        if known.get("model") != about.get("model"):
-            raise InvalidParameterError(
-                f"{folder} holds data of {known.get('model')}, not of {about.get('model')}; give another --out."
-            )
+        _check_same_run(folder, self.index["about"], about)
         self._pending: list[Document] = []
         self._pending_tokens = 0
+        self._new_rejections: list[int] = []
 
     @property
     def num_shards(self) -> int:
@@ -69,6 +66,15 @@ class ShardWriter:
         pending = sum(document.num_labels for document in self._pending)
         return pending + sum(shard["labels"] for shard in self.index["shards"])
 
+    @property
+    def rejected(self) -> list[int]:
+        """Given prompts whose answers were not worth keeping."""
+        return [*self.index.get("rejected", []), *self._new_rejections]
+
+    def reject(self, source: int) -> None:
+        """Note that a given prompt is not to be answered again."""
+        self._new_rejections.append(source)
+
     def add(self, document: Document) -> None:
         self._pending.append(document)
         self._pending_tokens += len(document.tokens)
@@ -77,8 +83,17 @@ class ShardWriter:
 
     def flush(self) -> None:
         """Write what is collected as a shard, then name it in the index."""
-        if not self._pending:
+        if self._pending:
+            self._write_shard()
+        elif not self._new_rejections:
             return
+        self.index["rejected"] = self.rejected
+        unfinished = self.folder / (INDEX + ".part")
+        unfinished.write_text(json.dumps(self.index, indent=1))
+        os.replace(unfinished, self.folder / INDEX)
+        self._pending, self._pending_tokens, self._new_rejections = [], 0, []
+
+    def _write_shard(self) -> None:
         name = f"shard-{self.num_shards:05d}.safetensors"
         tensors = pack_documents(self._pending)
         unfinished = self.folder / (name + ".part")
@@ -93,10 +108,22 @@ class ShardWriter:
                 "greedy": int(tensors["greedy"].sum()),
             }
         )
-        unfinished = self.folder / (INDEX + ".part")
-        unfinished.write_text(json.dumps(self.index, indent=1))
-        os.replace(unfinished, self.folder / INDEX)
-        self._pending, self._pending_tokens = [], 0
+
+
+def _check_same_run(folder: Path, known: dict, about: dict[str, object]) -> None:
+    if known.get("model") != about.get("model"):
+        raise InvalidParameterError(
+            f"{folder} holds data of {known.get('model')}, not of {about.get('model')}; give another --out."
+        )
+    if known.get("server") != about.get("server"):
+        raise InvalidParameterError(
+            f"{folder} was answered by {known.get('server') or 'the model itself'}, not by "
+            f"{about.get('server') or 'the model itself'}; give another --out."
+        )
+    if "prompts" in about and known.get("prompts") != about["prompts"]:
+        raise InvalidParameterError(
+            f"{folder} was begun with other prompts (or none) than are given now; give another --out."
+        )
 
 
 def read_index(folder: Path) -> dict | None:
