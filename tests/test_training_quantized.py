@@ -17,6 +17,7 @@ from engine.errors import InvalidParameterError, UnsupportedDeviceError
 from engine.heads import HeadsConfig
 from engine.linear import DenseLinear
 from engine.models.heads_file import load_heads
+from engine.nested_tree import NestedTree
 from engine.training.checkpoint import saved_settings
 from engine.training.dataset import build_cache
 from engine.training.dense import TrainingModel, dense_backbone
@@ -147,3 +148,5 @@ def test_train_command_over_the_quantised_bundled_model(tmp_path: Path, capsys: 
     tiny = "--epochs 2 --width 64 --draft-vocab 256 --batch-tokens 64 --device cpu --quantize nf4"
     assert command(f"train --data {data} --out {out} {tiny}") == 0
     assert "linears in nf4" in capsys.readouterr().err and load_heads(out).config.width == 64
+    assert command(f"calibrate --heads {out} --answers 2 --max-answer 8 --device cpu --quantize nf4") == 0
+    assert "linears in nf4" in capsys.readouterr().err and len(NestedTree.beside(out).expected) > 1

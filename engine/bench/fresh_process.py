@@ -123,7 +123,7 @@ def _gpu_memory(device: str) -> Any:
 
 
 def _resident(field: str = "VmRSS") -> int:
-    """Return this process's resident bytes (VmHWM: their peak) without pages of files, which are mostly libraries' code.
+    """Return this process's resident bytes (VmHWM: their peak) without pages of files: mostly libraries.
 
     Raises OSError where there is no /proc.
     """

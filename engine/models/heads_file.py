@@ -49,7 +49,7 @@ def load_heads(path: Path, dtype: torch.dtype = torch.float32) -> MedusaHeads:
     """
     config = heads_config_of(read_heads_metadata(path), path)
     with safe_open(path, framework="pt") as file:
-        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118: not a dict
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
     state = {
         name: _restored(name, tensor, stored, dtype) for name, tensor in stored.items() if not name.endswith(_SCALE)
     }

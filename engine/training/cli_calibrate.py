@@ -11,6 +11,7 @@ from engine.training.chat_format import read_chat_format
 from engine.training.cli_options import (
     Report,
     add_base_options,
+    add_quantize_option,
     at_least,
     existing_folder,
     open_heads,
@@ -42,6 +43,7 @@ SEED = 77  # other requests than distillation draws first
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `calibrate` takes."""
     add_base_options(parser)
+    add_quantize_option(parser)
     parser.add_argument("--heads", required=True, type=Path, metavar="HEADS", help="heads in any layout this app loads")
     parser.add_argument("--data", type=existing_folder, metavar="DIR", help="use the conversations held back there")
     parser.add_argument("--answers", type=at_least(2), metavar="N", help="prompts to answer (default: by device)")
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         raise InvalidParameterError(f"There are no heads at {args.heads}; train some or check the path.")
     report = reporter()
     text = hold_back(load_text(args.data))[1] if args.data is not None else None
-    model = open_model(args.model, args.device, report)
+    model = open_model(args.model, args.device, report, args.quantize)
     heads = open_heads(args.heads, model, report)
     text = _own_answers(args, model, report) if text is None else text
     measured = measure_ranks(heads, build_cache(model, text), Vocabulary(model, heads.token_map))

@@ -17,10 +17,12 @@ from engine.models.head_formats import Target, read_heads
 from engine.training.dense import TrainingModel, load_model
 from engine.training.kernel_checks import check_kernels
 from engine.training.processes import is_first_of_launch
+from engine.training.quantized import QUANTIZE
 
 __all__ = [
     "Report",
     "add_base_options",
+    "add_quantize_option",
     "at_least",
     "existing_folder",
     "open_heads",
@@ -41,6 +43,16 @@ def add_base_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--device", choices=("auto", "cpu", "cuda"), default="auto", help="where to compute (default: auto)"
+    )
+
+
+def add_quantize_option(parser: argparse.ArgumentParser) -> None:
+    """Add --quantize, as `train` and `calibrate` have it."""
+    parser.add_argument(
+        "--quantize",
+        choices=QUANTIZE,
+        default="none",
+        help="format of the frozen model's linears: bfloat16 (none), or bitsandbytes' nf4 or int8",
     )
 
 

@@ -18,6 +18,7 @@ from engine.training.checkpoint import saved_settings
 from engine.training.cli_options import (
     Report,
     add_base_options,
+    add_quantize_option,
     at_least,
     existing_folder,
     open_heads,
@@ -31,7 +32,6 @@ from engine.training.joint_result import train_jointly
 from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
 from engine.training.medusa2 import JointPlan
 from engine.training.processes import Processes, open_processes
-from engine.training.quantized import QUANTIZE
 from engine.training.shards import read_index
 from engine.training.windows import build_lanes
 
@@ -63,12 +63,7 @@ BATCH_TOKENS = {"cuda": 16384, "cpu": 2048}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declare what `train` takes."""
     add_base_options(parser)
-    parser.add_argument(
-        "--quantize",
-        choices=QUANTIZE,
-        default="none",
-        help="format of the model's linears while it trains: bfloat16 (none), or bitsandbytes' nf4 or int8",
-    )
+    add_quantize_option(parser)
     parser.add_argument("--data", required=True, type=existing_folder, metavar="DIR", help="data of `distill`")
     parser.add_argument(
         "--out", required=True, type=Path, metavar="PATH", help="the .safetensors file to write; medusa2: the folder"
