@@ -87,9 +87,25 @@ def gpu_engine(report: Report) -> Iterator[Row]:
         yield Row(what, f"{speeds['0']:.0f} / {speeds[best]:.0f} tokens/s", where, command)
 
 
+def identity(report: Report) -> Iterator[Row]:
+    """Row of the greedy toggle's comparison."""
+    where, model = f"{report['hardware']['device']}, {report['date']}", report["model"]
+    rows = report["by_drafted_nodes"]
+    sizes = " and ".join(rows)
+    compared = sum(row["tokens_compared"] for row in rows.values())
+    count = report["prompts"] * len(rows)
+    what = (
+        f"greedy answers that Medusa changes, {model['name']}, {model['weights']}: {report['prompts']} prompts x "
+        f"{report['max_tokens']} tokens, trees of {sizes} nodes"
+    )
+    figure = f"{report['answers_that_differ']} of {count} ({compared:,} tokens)"
+    yield Row(what, figure, where, "python -m engine.bench.identity --out")
+
+
 READERS: tuple[tuple[str, Callable[[Report], Iterator[Row]]], ...] = (
     ("bench_cpu*.json", bench),
     ("bench_cuda*.json", bench),
+    ("identity_*.json", identity),
     ("gpu_engine*.json", gpu_engine),
     ("gpu_kernels*.json", kernels),
     ("train_heads*.json", heads),

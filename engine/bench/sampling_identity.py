@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from engine import Engine, EngineError, GenerationResult, SamplingParams
+from engine.bench.identity import first_difference
 from engine.cuda_runner import CudaRunner
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
@@ -67,13 +68,12 @@ def random_settings(draw: random.Random, max_tokens: int) -> SamplingParams:
 def compare(engine: Engine, number: int, params: SamplingParams, prompt: str) -> Comparison:
     """Answer once with Medusa and once without."""
     on, off = (_answer(engine, prompt, {**params.to_dict(), "medusa": medusa}) for medusa in (True, False))
-    differing = [place for place, pair in enumerate(zip(on.tokens, off.tokens, strict=False)) if pair[0] != pair[1]]
-    is_identical = (on.tokens, on.text, on.finish_reason) == (off.tokens, off.text, off.finish_reason)
+    place = first_difference(off, on)
     return Comparison(
         setting=number,
         prompt=prompt,
-        is_identical=is_identical,
-        first_difference=None if is_identical else min([*differing, len(on.tokens), len(off.tokens)]),
+        is_identical=place is None,
+        first_difference=place,
         generated_tokens=len(off.tokens),
         finish_reasons=(on.finish_reason, off.finish_reason),
         tokens_per_step=round(on.tokens_per_step, 3),
