@@ -47,7 +47,8 @@ def print_table(report: Report) -> None:
                     f"{m}: {r['us']}|{r['us_alone']}|{r.get('bnb_us', '-')}|{r.get('bf16_us', '-')}"
                     for m, r in rows.items()
                 ]
-                print(f"{name[5:]} {shape}  " + "  ".join(cells) + f"  {rows[1]['gb_s']:.0f} GB/s  {rows[1]['config']}")
+                one = rows["1"]
+                print(f"{name[5:]} {shape}  " + "  ".join(cells) + f"  {one['gb_s']:.0f} GB/s  {one['config']}")
     for name in ("correctness", "attention", "small_ops"):
         part = report.parts.get(name, {})
         for key, value in part.items() if isinstance(part, dict) else ():

@@ -71,12 +71,11 @@ class LoraAdapters(nn.Module):
         config, device = backbone.config, backbone.cos.device
         scale = alpha / rank
         shapes = _shapes(backbone)
-        self.layers = nn.ModuleList(
-            nn.ModuleDict({part: Adapter(*shapes[part], rank, scale) for part in _PARTS}) for _ in backbone.layers
-        )
+        layers = [{part: Adapter(*shapes[part], rank, scale) for part in _PARTS} for _ in backbone.layers]
+        self.layers = nn.ModuleList(nn.ModuleDict(adapters) for adapters in layers)
         self.lm_head = Adapter(config.hidden_size, config.vocab_size, rank, scale)
         self.to(device)
-        for layer, adapters in zip(backbone.layers, self.layers, strict=True):
+        for layer, adapters in zip(backbone.layers, layers, strict=True):
             for part in _PARTS:
                 setattr(layer, part, LoraLinear(getattr(layer, part), adapters[part], self.switch))
         backbone.lm_head = LoraLinear(backbone.lm_head, self.lm_head, self.switch)
@@ -95,6 +94,7 @@ class LoraAdapters(nn.Module):
         for layer in backbone.layers:
             for part in _PARTS:
                 setattr(layer, part, getattr(layer, part).base)
+        assert isinstance(backbone.lm_head, LoraLinear), "the adapters are in it"
         backbone.lm_head = backbone.lm_head.base
 
 
