@@ -6,7 +6,7 @@ waits for Python. A step queued past an answer's end is forgotten by the runner'
 
 import time
 from collections import deque
-from collections.abc import Generator, Sequence
+from collections.abc import Iterator, Sequence
 from weakref import WeakKeyDictionary
 
 from engine.captured_sampler import StepChooser
@@ -56,7 +56,7 @@ class CapturedLoop:
         self._runner.set_root(root)
         return root
 
-    def steps(self, tree: CandidateTree) -> Generator[DecodeStep, None, None]:
+    def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
         """Yield one record a step, without end; the caller decides when the answer is over."""
         drafter = self._drafter if tree.num_drafted else None
         limit = self._runner.config.max_positions

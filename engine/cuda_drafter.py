@@ -15,7 +15,7 @@ from engine.cuda_plan import Round, TreePlan
 from engine.cuda_runner import CudaRunner
 from engine.cuda_weights import pack_matrix, require
 from engine.draft import Draft
-from engine.heads import MedusaHead, MedusaHeads, PaperBlock, WideBlock, modules_of
+from engine.heads import MedusaHead, MedusaHeads, PaperBlock
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
 from engine.kernels.small_batch_linear import PackedLinear
 from engine.tree import CandidateTree
@@ -135,15 +135,13 @@ def _pack(heads: MedusaHeads, shared_output: Weight, dtype: torch.dtype, device:
             if isinstance(block, PaperBlock):
                 packed.append(_Block(pack(block.linear.weight), block.linear.bias.detach().to(device, dtype), None))
             else:
-                assert isinstance(block, WideBlock), "there are two kinds of blocks"
-                seen = [linear.weight for linear in modules_of(block.seen, nn.Linear)]
+                seen = [linear.weight for linear in block.seen]
                 packed.append(_Block(pack(block.up.weight, *seen), None, pack(block.down.weight)))
         return packed
 
     if heads.config.output.startswith("own"):
-        outputs = [pack(output.weight) for output in modules_of(heads.outputs, nn.Linear)]
+        outputs = [pack(output.weight) for output in heads.outputs if isinstance(output, nn.Linear)]
     else:
         rows = shared_output if heads.token_map is None else shared_output.permute_rows(heads.token_map)
         outputs = [pack_matrix([rows], "int8", dtype, device)] * heads.config.num_heads
-    pairs = zip(modules_of(heads.heads, MedusaHead), outputs, strict=True)
-    return [_Head(blocks(head), output, head.num_seen) for head, output in pairs]
+    return [_Head(blocks(head), output, head.num_seen) for head, output in zip(heads.heads, outputs, strict=True)]

@@ -6,7 +6,6 @@ Runner contract use the same launches.
 """
 
 from collections.abc import Hashable, Sequence
-from functools import partial
 from typing import Protocol
 
 import torch
@@ -117,7 +116,7 @@ class CudaRunner:
             rows = next(size for size in CHUNKS if size >= count)
             self.memory.chunk_tokens[:rows].copy_(ids[start : start + rows])
             self.memory.span.fill_(self._length + rows)
-            self.graphs.run(("chunk", rows), partial(self._forward.chunk, rows))
+            self.graphs.run(("chunk", rows), lambda rows=rows: self._forward.chunk(rows))
             self._length += count
         self._forward.finish_chunk(count - 1)
         self.memory.set_length(self._length)

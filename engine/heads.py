@@ -7,17 +7,15 @@ the hidden state, and which output matrix it uses. The tree's shape and the veri
 """
 
 from dataclasses import asdict, dataclass
-from typing import TypeVar
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import InvalidParameterError
 
-__all__ = ["HeadsConfig", "MedusaHead", "MedusaHeads", "modules_of", "parameter_count", "seen_embeddings"]
+__all__ = ["HeadsConfig", "MedusaHead", "MedusaHeads", "parameter_count", "seen_embeddings"]
 
 SEES = ("hidden", "root", "path")
-M = TypeVar("M", bound=nn.Module)
 OUTPUTS = ("own", "shared", "truncated", "own_truncated")
 
 
@@ -164,16 +162,6 @@ class MedusaHeads(nn.Module):
     def to_token_ids(self, draft_ids: Tensor) -> Tensor:
         """Map indices into the draft vocabulary to the backbone's token ids, any shape."""
         return draft_ids if self.token_map is None else self.token_map[draft_ids]
-
-
-def modules_of(modules: nn.Module | Tensor, kind: type[M]) -> list[M]:
-    """Return the modules of a ModuleList as what they are; raises TypeError for another kind among them."""
-    if not isinstance(modules, nn.ModuleList):
-        raise TypeError(f"{type(modules).__name__} is no list of modules.")
-    found = [module for module in modules if isinstance(module, kind)]
-    if len(found) != len(modules):
-        raise TypeError(f"Not all of {[type(module).__name__ for module in modules]} are {kind.__name__}.")
-    return found
 
 
 def seen_embeddings(embeddings: Tensor) -> Tensor:

@@ -127,22 +127,15 @@ def _require_whole(name: str, value: object, low: int, high: int, allowed: str, 
 
 
 def _require_stops(stops: object) -> None:
-    holds = (
-        isinstance(stops, tuple)
-        and len(stops) <= MAX_STOPS
-        and all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops)
-    )
+    holds = isinstance(stops, tuple) and len(stops) <= MAX_STOPS
+    holds = holds and all(isinstance(stop, str) and 0 < len(stop) <= MAX_STOP_LENGTH for stop in stops)  # type: ignore[attr-defined]
     allowed = f"at most {MAX_STOPS} strings of 1 to {MAX_STOP_LENGTH} characters"
     _require(holds, "stop", stops, allowed)
 
 
 def _require_biases(biases: object) -> None:
-    holds = (
-        isinstance(biases, tuple)
-        and len(biases) <= MAX_BIASES
-        and all(_is_bias(pair) for pair in biases)
-        and len({token for token, _ in biases}) == len(biases)
-    )
+    holds = isinstance(biases, tuple) and len(biases) <= MAX_BIASES and all(_is_bias(pair) for pair in biases)
+    holds = holds and len({token for token, _ in biases}) == len(biases)  # type: ignore[attr-defined]
     allowed = f"at most {MAX_BIASES} pairs of a token id (each once) and a bias of -100 to 100"
     _require(holds, "logit_bias", biases, allowed)
 

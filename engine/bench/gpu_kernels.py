@@ -47,8 +47,7 @@ def print_table(report: Report) -> None:
                     f"{m}: {r['us']}|{r['us_alone']}|{r.get('bnb_us', '-')}|{r.get('bf16_us', '-')}"
                     for m, r in rows.items()
                 ]
-                one = rows["1"]
-                print(f"{name[5:]} {shape}  " + "  ".join(cells) + f"  {one['gb_s']:.0f} GB/s  {one['config']}")
+                print(f"{name[5:]} {shape}  " + "  ".join(cells) + f"  {rows[1]['gb_s']:.0f} GB/s  {rows[1]['config']}")
     for name in ("correctness", "attention", "small_ops"):
         part = report.parts.get(name, {})
         for key, value in part.items() if isinstance(part, dict) else ():

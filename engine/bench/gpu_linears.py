@@ -1,8 +1,7 @@
 """The linears on a GPU: matrices and bitsandbytes' own, errors against float64, equality of bits, times by shape."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -77,7 +76,7 @@ def correctness(report: Report) -> dict[str, Any]:
             want = reference.linear(x, values)
             packed = pack_nf4([weight], dtype)
             base = run_linear(x, packed, default_config(n, k, 64, packed.decode), workspace)
-            entry: dict[str, Any] = {"ours": error(base, want)}
+            entry = {"ours": error(base, want)}
             if quantised:
                 entry["bnb"] = {m: error(bnb_linear(x[:m], quantised), want[:m]) for m in (1, 4, 64)}
             entry["16 bit weights"] = error(F.linear(x, values.to(dtype)), want)
@@ -159,8 +158,7 @@ def time_shapes(shapes: list[tuple[int, int]], kind: str = "nf4", peers: bool = 
 
 
 def _time_shape(report: Report, kind: str, n: int, k: int, peers: bool) -> dict[str, Any]:
-    packed, workspace = packed_matrix(kind, n, k), Workspace("cuda")
-    result: dict[str, Any] = {}
+    packed, workspace, result = packed_matrix(kind, n, k), Workspace("cuda"), {}
     rounds = copies(packed)
     dense = [torch.randn(n, k, device="cuda", dtype=torch.bfloat16) for _ in range(2 + (120 << 20) // (2 * n * k))]
     quantised = bnb_copies(n, k) if peers and kind == "nf4" else []
@@ -171,21 +169,21 @@ def _time_shape(report: Report, kind: str, n: int, k: int, peers: bool) -> dict[
         count = max(24, len(rounds))
         row: dict[str, Any] = {"config": cut(config)}
         for name, load in (("us", nvrtc.load_kernel), ("us_alone", alone)):
-            launch = partial(run_linear, x, config=config, workspace=workspace, out=out, load=load)
-            row[name] = time_graph(in_turn(launch, rounds), count)
+            row[name] = time_graph(
+                lambda i, load=load, x=x, config=config, out=out: run_linear(
+                    x, rounds[i % len(rounds)], config, workspace, out=out, load=load
+                ),
+                count,
+            )
         row["gb_s"] = packed.num_bytes / row["us"] / 1e3
         if quantised:
-            launches = in_turn(partial(bnb_linear, x), quantised)
-            row["bnb_us"] = or_error(partial(time_graph, launches, len(quantised)))
+            row["bnb_us"] = or_error(
+                lambda x=x: time_graph(lambda i: bnb_linear(x, quantised[i % len(quantised)]), len(quantised))
+            )
         if peers:
-            row["bf16_us"] = time_graph(in_turn(partial(F.linear, x), dense), max(12, len(dense)))
-        result[str(tokens)] = {key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}
+            row["bf16_us"] = time_graph(lambda i, x=x: F.linear(x, dense[i % len(dense)]), max(12, len(dense)))
+        result[tokens] = {key: round(v, 2) if isinstance(v, float) else v for key, v in row.items()}
     return result
-
-
-def in_turn(launch: Callable[[Any], object], weights: Sequence[Any]) -> Callable[[int], object]:
-    """Return launches for `time_graph`, each with the next of the weights, so that none is still in the GPU's cache."""
-    return lambda i: launch(weights[i % len(weights)])
 
 
 def bnb_copies(n: int, k: int) -> list[Any]:

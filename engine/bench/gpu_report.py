@@ -6,14 +6,13 @@ import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 
 from engine.kernels.small_batch_linear import LinearConfig
 from engine.kernels.tune_nf4 import time_graph
 
-T = TypeVar("T")
 __all__ = ["Report", "bandwidth", "environment", "or_error"]
 
 
@@ -76,7 +75,7 @@ def bandwidth(report: Report) -> dict[str, float]:
     return {"copy_gb_s": 2 * source.nbytes / copy_us / 1e3, "read_gb_s": source.nbytes / read_us / 1e3}
 
 
-def or_error(measure: Callable[[], T]) -> T | str:
+def or_error(measure: Callable[[], float]) -> float | str:
     """A peer that fails must not cost our own numbers."""
     try:
         return measure()

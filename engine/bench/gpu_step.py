@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from statistics import median
 from typing import Any
 
 import torch
@@ -11,13 +12,12 @@ from torch import Tensor
 
 from engine.bench.gpu_linears import alone, config_for
 from engine.bench.gpu_report import Report, or_error
-from engine.bench.gpu_timing import kernel_times, replay_ms
 from engine.kernels import fused_ops, nvrtc
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.draft_ops import draft_tokens
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.nf4_linear import Nf4Weight, pack_nf4
-from engine.kernels.small_batch_linear import LoadKernel, PackedLinear, Workspace, run_linear
+from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace, ancestor_table, tree_attention
 from engine.kernels.tune_nf4 import time_graph
 from engine.tree import CandidateTree
@@ -38,10 +38,10 @@ def attention_times(report: Report) -> dict[str, Any]:
             bucket = 1 << math.ceil(math.log2(context + 64))
             caches = [torch.randn(2, kv_heads, bucket, head_dim, device="cuda").bfloat16() for _ in range(8)]
             length = torch.tensor([context], dtype=torch.int32, device="cuda")
-            row: dict[str, float] = {}
+            row = {}
             for nodes in (1, 8, 32, 63):
                 run = _attention(shape, wide_tree(nodes), caches, length, bucket)
-                row[str(nodes)] = round(time_graph(run, 16), 2)
+                row[nodes] = round(time_graph(run, 16), 2)
             row["floor_us"] = round(4 * kv_heads * context * head_dim / 3e6, 2)
             results[f"{name} {context}"] = row
     return results
@@ -59,16 +59,15 @@ def _attention(
 ) -> Callable[[int], Tensor]:
     nodes = tree.num_nodes
     query = torch.randn(nodes, shape.num_heads, shape.head_dim, device="cuda").to(shape.dtype)
-    new_keys, new_values = torch.randn(2, nodes, shape.num_kv_heads, shape.head_dim, device="cuda").to(shape.dtype)
+    scratch = torch.randn(2, nodes, shape.num_kv_heads, shape.head_dim, device="cuda").to(shape.dtype)
     depth, table = tree.depth.int().cuda(), ancestor_table(tree.ancestors, tree.depth).cuda()
     workspace, out = AttentionWorkspace(shape, nodes, bucket, "cuda"), torch.empty_like(query)
 
     def run(i: int) -> Tensor:
         keys, values = caches[i % len(caches)]
         return tree_attention(
-            query, keys, values, new_keys, new_values, length, depth, table, shape, workspace,
-            max_context=bucket, out=out,
-        )  # fmt: skip
+            query, keys, values, *scratch, length, depth, table, shape, workspace, max_context=bucket, out=out
+        )
 
     return run
 
@@ -81,31 +80,30 @@ def small_ops(report: Report) -> dict[str, float]:
     for rows, width in ((1, 576), (32, 576), (32, 4096)):
         x, weight = torch.randn(rows, width, device="cuda").bfloat16(), torch.ones(width, device="cuda").bfloat16()
         out = torch.empty_like(x)
-        results[f"rms_norm {rows}x{width}"] = time_graph(again(fused_ops.rms_norm, x, weight, 1e-5, out=out), 32)
+        results[f"rms_norm {rows}x{width}"] = time_graph(
+            lambda i, x=x, w=weight, o=out: fused_ops.rms_norm(x, w, 1e-5, out=o), 32
+        )
     for vocab in (49152, 128256):
         logits = torch.randn(32, vocab, device="cuda")
         keys = fused_ops.argmax_keys(logits)
-        results[f"argmax 32x{vocab}"] = time_graph(again(fused_ops.argmax_keys, logits, out=keys), 32)
+        results[f"argmax 32x{vocab}"] = time_graph(lambda i, a=logits, k=keys: fused_ops.argmax_keys(a, out=k), 32)
     tokens = torch.randint(0, 1000, (32,), dtype=torch.int32, device="cuda")
-    results["accept 32"] = time_graph(again(fused_ops.accept_greedy, keys, tokens, parents, record), 32)
+    results["accept 32"] = time_graph(lambda i: fused_ops.accept_greedy(keys, tokens, parents, record), 32)
     record[fused_ops.LENGTH] = 100
     row_of, rank_of = torch.zeros_like(tokens), torch.arange(32, dtype=torch.int32, device="cuda") % 10
     chances = torch.empty(32, device="cuda")
     for vocab in (16384, 49152):
         drafts = torch.randn(4, vocab, device="cuda")
-        launch = again(draft_tokens, drafts, None, row_of, rank_of, tokens, chances, guesses=10, nodes=range(32))
-        results[f"draft_tokens 4x{vocab}"] = time_graph(launch, 32)
+        results[f"draft_tokens 4x{vocab}"] = time_graph(
+            lambda i, d=drafts: draft_tokens(d, None, row_of, rank_of, tokens, chances, guesses=10, nodes=range(32)), 32
+        )
     angles = fused_ops.rotary_angles(1e4, 128, 8192).cuda()
     qkv = torch.randn(32, 96 * 128, device="cuda").bfloat16()
     outs = [torch.empty(32, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    launch = again(fused_ops.rotate_and_split, qkv, angles, record, depth, *outs)
-    results["rotate 32x96x128"] = time_graph(launch, 32)
+    results["rotate 32x96x128"] = time_graph(
+        lambda i: fused_ops.rotate_and_split(qkv, angles, record, depth, *outs), 32
+    )
     return {name: round(us, 2) for name, us in results.items()}
-
-
-def again(launch: Callable[..., object], *arguments: Any, **options: Any) -> Callable[[int], object]:
-    """Return the same launch over and over, for `time_graph`."""
-    return lambda i: launch(*arguments, **options)
 
 
 class Stack:
@@ -113,8 +111,7 @@ class Stack:
 
     def __init__(self, name: str, kind: str, report: Report) -> None:
         self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.inner, self.vocab = MODELS[name]
-        self.report, self.kind = report, kind
-        self.load: LoadKernel = nvrtc.load_kernel
+        self.report, self.kind, self.load = report, kind, nvrtc.load_kernel
         self.workspace = Workspace("cuda")
         width, head_dim = self.hidden, self.head_dim
         sizes = [((self.heads + 2 * self.kv_heads) * head_dim, width), (width, self.heads * head_dim)]
@@ -124,13 +121,13 @@ class Stack:
         self.norm = torch.ones(width, device="cuda", dtype=torch.bfloat16)
         self.shape = AttentionShape(self.heads, self.kv_heads, head_dim, torch.bfloat16)
         self.capacity = 2048
-        self.cache = self._pair(self.layers, self.kv_heads, self.capacity, head_dim)
+        self.cache = [self._random(self.layers, self.kv_heads, self.capacity, head_dim) for _ in range(2)]
         self.angles = fused_ops.rotary_angles(1e4, head_dim, self.capacity).cuda()
         self.record = fused_ops.new_record("cuda", 1000)
 
     def set_tree(self, nodes: int) -> None:
         self.tree = wide_tree(nodes)
-        self.scratch = self._pair(self.layers, nodes, self.kv_heads, self.head_dim)
+        self.scratch = [self._random(self.layers, nodes, self.kv_heads, self.head_dim) for _ in range(2)]
         self.attention = AttentionWorkspace(self.shape, nodes, self.capacity, "cuda")
         self.depth = self.tree.depth.int().cuda()
         self.table = ancestor_table(self.tree.ancestors, self.tree.depth).cuda()
@@ -142,9 +139,6 @@ class Stack:
 
     def _random(self, *shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16)
-
-    def _pair(self, *shape: int) -> tuple[Tensor, Tensor]:
-        return self._random(*shape), self._random(*shape)
 
     def _weight(self, n: int, k: int, gate_up: bool) -> PackedLinear:
         if self.kind == "nf4":
@@ -167,20 +161,18 @@ class Stack:
         for layer, (qkv, output, gate_up, down) in enumerate(self.weights):
             h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), qkv)
             keys, values = (cache[layer] for cache in self.cache)
-            new_keys, new_values = (rows[layer] for rows in self.scratch)
-            fused_ops.rotate_and_split(
-                h, self.angles, self.record, self.depth, self.query, new_keys, new_values, load=self.load
-            )
+            scratch = [rows[layer] for rows in self.scratch]
+            fused_ops.rotate_and_split(h, self.angles, self.record, self.depth, self.query, *scratch, load=self.load)
             attended = tree_attention(
-                self.query, keys, values, new_keys, new_values, self.record, self.depth, self.table, self.shape,
-                self.attention, max_context=self.capacity, load=self.load,
+                self.query, keys, values, *scratch, self.record, self.depth, self.table, self.shape, self.attention,
+                max_context=self.capacity, load=self.load,
             )  # fmt: skip
             x = self.linear(attended.flatten(1), output, residual=x)
             h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), gate_up)
             x = self.linear(h, down, residual=x)
         self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), self.lm_head, out=self.logits)
-        best = fused_ops.argmax_keys(self.logits, load=self.load)
-        fused_ops.accept_greedy(best, self.tokens, self.parents, self.record, load=self.load)
+        keys = fused_ops.argmax_keys(self.logits, load=self.load)
+        fused_ops.accept_greedy(keys, self.tokens, self.parents, self.record, load=self.load)
         fused_ops.commit_path(*self.scratch, *self.cache, self.record, load=self.load)
 
 
@@ -209,22 +201,18 @@ def step_parts(name: str, nodes: tuple[int, ...] = (1, 32)) -> Callable[[Report]
     """Where a captured step's milliseconds go: the step without each source file's kernels, and kernel by kernel."""
 
     def part(report: Report) -> dict[str, Any]:
-        stack, results = Stack(name, "nf4", report), dict[str, Any]()
-        groups: dict[str, tuple[str, ...]] = {
-            "linears": ("linear",),
-            "attention": ("tree_attention",),
-            "small launches": ("fused_ops",),
-            "all but the linears": ("tree_attention", "fused_ops"),
-        }
+        stack, results = Stack(name, "nf4", report), {}
+        groups = {"linears": ("linear",), "attention": ("tree_attention",), "small launches": ("fused_ops",)}
+        groups |= {"all but the linears": ("tree_attention", "fused_ops")}
         for count in nodes:
             stack.set_tree(count)
             stack.load = nvrtc.load_kernel
-            row: dict[str, Any] = {"ms": round(_time_step(stack), 4), "without": {}}
+            row = {"ms": round(_time_step(stack), 4), "without": {}}
             for group, left_out in groups.items():
                 stack.load = partial(_load_unless, left_out)
                 row["without"][group] = round(_time_step(stack), 4)
             stack.load = alone
-            row["kernels_us"] = or_error(partial(kernel_times, stack.step))
+            row["kernels_us"] = or_error(partial(_kernel_times, stack))
             results[str(count)] = row
         del stack
         torch.cuda.empty_cache()
@@ -237,6 +225,21 @@ def _load_unless(left_out: tuple[str, ...], source: str, *arguments: Any) -> Cal
     return (lambda *_: None) if source.startswith(left_out) else nvrtc.load_kernel(source, *arguments)
 
 
+def _kernel_times(stack: Stack) -> dict[str, list[float]]:
+    """Sum the microseconds of a step by kernel and grid, with its launches, as the driver's profiler sees them."""
+    stack.step()
+    torch.cuda.synchronize()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        stack.step()
+        torch.cuda.synchronize()
+    totals: dict[str, list[float]] = {}
+    for event in profile.events():
+        total = totals.setdefault(event.name, [0.0, 0])
+        total[0] += event.device_time_total
+        total[1] += 1
+    return {name: [round(us, 1), count] for name, (us, count) in totals.items()}
+
+
 def _time_step(stack: Stack) -> float:
     stream = torch.cuda.Stream()
     with torch.cuda.stream(stream):
@@ -245,4 +248,13 @@ def _time_step(stack: Stack) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         stack.step()
-    return replay_ms(graph, lambda: stack.record[fused_ops.LENGTH].fill_(1000))
+    times = []
+    for _ in range(12):
+        stack.record[fused_ops.LENGTH] = 1000
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(start.elapsed_time(end))
+    return median(times[2:])

@@ -10,7 +10,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -37,7 +37,7 @@ class Variant:
     """One row of the table: what differs from the bundled heads' shape."""
 
     name: str
-    changes: Mapping[str, object] = field(default_factory=dict)
+    changes: dict[str, object] = field(default_factory=dict)
 
 
 BUNDLED = {
@@ -132,8 +132,8 @@ def prepare(args: argparse.Namespace, report: Report) -> Bench:
     train = train.select(order[train.lengths[order].cumsum(0) <= args.tokens])
     answers = greedy_answers(model, chat, evaluation_prompts()[: args.eval_prompts], args.eval_tokens)
     report(f"{train.num_documents:,} conversations, {train.num_tokens:,} tokens, each seen once by each variant")
-    train_cache, held_cache, answer_cache = [build_cache(model, part) for part in (train, held, answers)]
-    return Bench(args, model, train_cache, held_cache, answer_cache, train, report)
+    caches = (build_cache(model, part) for part in (train, held, answers))
+    return Bench(args, model, *caches, train, report)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from engine.bench.gpu_linears import alone, bnb_copies, bnb_linear, compile_configs, cut, in_turn, nf4_matrix
+from engine.bench.gpu_linears import alone, bnb_copies, bnb_linear, compile_configs, cut, nf4_matrix
 from engine.bench.gpu_report import Report, bandwidth, environment, or_error
 from engine.bench.gpu_step import step_parts
 from engine.kernels import nvrtc, reference
@@ -169,7 +169,7 @@ def table(report: Report) -> dict[str, Any]:
     """The best cut of each family by rows: microseconds in a chain and alone, bytes per second, what it takes."""
     results: dict[str, Any] = {}
     for n, k in MAIN + LAYER:
-        matrix, rows = Matrix(n, k), dict[str, Any]()
+        matrix, rows = Matrix(n, k), {}
         for tokens in (1, 8, 16, 32, 64):
             for family in FAMILIES:
                 config = best(report, family, n, k, tokens)
@@ -193,7 +193,8 @@ def bnb_rows(matrix: Matrix, n: int, k: int) -> dict[str, float | str]:
 
     def measure(tokens: int) -> float:
         x = matrix.x[:tokens]
-        return round(time_graph(in_turn(partial(bnb_linear, x), quantised), len(quantised), repeats=9), 2)
+        launch = lambda i: bnb_linear(x, quantised[i % len(quantised)])  # noqa: E731
+        return round(time_graph(launch, len(quantised), repeats=9), 2)
 
     return {f"{tokens} bitsandbytes": or_error(partial(measure, tokens)) for tokens in (1, 32)}
 

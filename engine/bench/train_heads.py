@@ -148,8 +148,8 @@ def run_train(
     text = import_data(args.data) if any(args.data.glob("data-*.npz")) else load_text(args.data)
     train, held = split_text(text, min(args.held_back, text.num_documents // 10))
     if train.num_tokens > args.max_tokens:
-        count = int(train.num_documents * args.max_tokens / train.num_tokens)
-        train = train.select(torch.arange(count))
+        share = int(train.num_documents * args.max_tokens / train.num_tokens)
+        train = train.select(torch.arange(share))
     vocab = model.backbone.config.vocab_size
     token_map = most_used_tokens(train, min(args.draft_vocab, vocab), vocab)
     vocabulary = Vocabulary(model, token_map)

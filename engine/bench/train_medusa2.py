@@ -15,7 +15,6 @@ import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -83,7 +82,7 @@ class Bench:
         """Return a fresh copy of the heads that all runs start from."""
         return load_heads(self.args.heads).to(self.model.device)
 
-    def phase(self, name: str, run: Callable[[], object]) -> None:
+    def phase(self, name: str, run: Callable[[], None]) -> None:
         """Run one phase; a failure is recorded and the next phase goes on."""
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -135,7 +134,9 @@ def run(args: argparse.Namespace) -> None:
             bench.report(f"no time left for lambda0 {lambda0}")
             break
         name = f"joint, lambda0 {lambda0}"
-        bench.phase(name, partial(train_joint, bench, name, lambda0, seconds))
+        bench.phase(
+            name, lambda name=name, lambda0=lambda0, seconds=seconds: train_joint(bench, name, lambda0, seconds)
+        )
     pack(args.out, [ADAPTERS, HEADS_FILE, tree_file(Path(HEADS_FILE)).name])
     print_table(bench.results["rows"])  # type: ignore[arg-type]
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from engine.kernels.nvrtc import Argument, Defines, load_kernel
+from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
 
 __all__ = [
@@ -127,8 +127,7 @@ def _rotate(
 ) -> None:
     nodes, heads, head_dim = query.shape
     kernel = load(SOURCE, "rotate_and_split", bf16_define(qkv.dtype))
-    arguments: list[Argument] = [qkv, angles, length, depth, query, keys, values]
-    arguments += [nodes, heads, kv_heads, head_dim, capacity]
+    arguments = [qkv, angles, length, depth, query, keys, values, nodes, heads, kv_heads, head_dim, capacity]
     kernel((math.ceil(nodes * (heads + 2 * kv_heads) / 4),), 128, arguments)
 
 
@@ -181,7 +180,7 @@ def commit_path(
     layers, nodes, kv_heads, head_dim = scratch_keys.shape
     width = 0 if hidden is None else hidden.shape[1] // 8
     kernel = load(SOURCE, "commit_path", bf16_define(torch.float16))
-    arguments: list[Argument] = [scratch_keys, scratch_values, keys, values, hidden, state]
+    arguments = [scratch_keys, scratch_values, keys, values, hidden, state]
     arguments += [record, nodes, kv_heads, keys.shape[2], width]
     kernel((layers * kv_heads + 1, MAX_PATH), head_dim // 8, arguments)
 

@@ -8,7 +8,6 @@ bitsandbytes' rounding of code * absmax costs 1.7e-3.
 from dataclasses import dataclass
 from functools import cache
 from itertools import product
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -27,19 +26,6 @@ NF4_VALUES = (
 VALUE_FACTOR = {torch.bfloat16: 1.524658203125, torch.float16: 1.5751953125}
 
 
-class QuantState(Protocol):
-    """What is read of bitsandbytes' class of that name; `state2`, `code` and `offset` belong to nested absmax."""
-
-    shape: torch.Size
-    quant_type: str
-    blocksize: int
-    absmax: Tensor
-    nested: bool
-    state2: "QuantState"
-    code: Tensor
-    offset: Tensor
-
-
 @dataclass(frozen=True)
 class Nf4Weight:
     """A matrix [N, K] as bitsandbytes keeps it, with absmax expanded.
@@ -51,7 +37,7 @@ class Nf4Weight:
     absmax: Tensor
 
     @classmethod
-    def from_bitsandbytes(cls, data: Tensor, state: QuantState) -> "Nf4Weight":
+    def from_bitsandbytes(cls, data: Tensor, state: object) -> "Nf4Weight":
         """Take `weight.data` and `weight.quant_state` of a `Linear4bit`; nested absmax is expanded."""
         n, k = state.shape
         if state.quant_type != "nf4" or state.blocksize != NF4_BLOCK or k % NF4_BLOCK:

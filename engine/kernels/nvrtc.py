@@ -13,12 +13,11 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cache, lru_cache
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -26,7 +25,6 @@ from torch import Tensor
 from engine.errors import EngineError
 
 __all__ = [
-    "Argument",
     "Kernel",
     "KernelCompileError",
     "compile_ahead",
@@ -40,7 +38,6 @@ SOURCES = Path(__file__).parent / "cuda"
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
 STATIC_SHARED, LOCAL_BYTES, REGISTERS, MAX_DYNAMIC_SHARED = 1, 3, 4, 8  # CUfunction_attribute
 Defines = tuple[tuple[str, int], ...]
-Argument = Tensor | int | float | None
 
 
 class KernelCompileError(EngineError):
@@ -71,7 +68,7 @@ class Kernel:
     overlaps: bool  # may start while the kernel before it ends; it then waits by itself for that one's results
 
     def __call__(
-        self, grid: Sequence[int], block: int, args: Sequence[Argument], shared_bytes: int = 0
+        self, grid: Sequence[int], block: int, args: Sequence[Tensor | int | float | None], shared_bytes: int = 0
     ) -> None:
         """Launch on torch's current stream. Tensors go as pointers, None as the null pointer, int and float 32 bit."""
         values = [_as_c(arg) for arg in args]
@@ -101,7 +98,7 @@ class Kernel:
         return found | {"blocks_per_multiprocessor": value.value}
 
 
-def _as_c(arg: Argument) -> ctypes._SimpleCData:
+def _as_c(arg: Tensor | int | float | None) -> ctypes._SimpleCData:
     if arg is None:
         return ctypes.c_void_p(None)
     if isinstance(arg, Tensor):
@@ -142,8 +139,7 @@ def shared_memory_limit() -> int:
     """Shared memory that a thread block may have on the current device, in bytes; an H100's without a device."""
     if not torch.cuda.is_available():
         return 227 * 1024
-    properties: Any = torch.cuda.get_device_properties()  # its type does not list all that it has
-    return properties.shared_memory_per_block_optin
+    return torch.cuda.get_device_properties().shared_memory_per_block_optin
 
 
 def compile_source(source: str, defines: Defines, architecture: int) -> bytes:
@@ -166,7 +162,7 @@ def compile_source(source: str, defines: Defines, architecture: int) -> bytes:
     return code
 
 
-def _fetch(size_of: Callable[..., int], read: Callable[..., int], program: ctypes.c_void_p) -> bytes:
+def _fetch(size_of: ctypes._CFuncPtr, read: ctypes._CFuncPtr, program: ctypes.c_void_p) -> bytes:
     size = ctypes.c_size_t()
     size_of(program, ctypes.byref(size))
     buffer = ctypes.create_string_buffer(size.value)
@@ -179,7 +175,7 @@ def compile_ahead(jobs: Iterable[tuple[str, Defines]]) -> None:
     capability = torch.cuda.get_device_capability()
     architecture = 10 * capability[0] + capability[1]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for _ in pool.map(lambda job: _cached_code(job[0], job[1], architecture), dict.fromkeys(jobs)):
+        for _ in pool.map(lambda job: _cached_code(*job, architecture), dict.fromkeys(jobs)):
             pass
 
 

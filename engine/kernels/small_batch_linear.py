@@ -11,14 +11,14 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
-from engine.kernels.nvrtc import Argument, load_kernel, shared_memory_limit
+from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 
 __all__ = ["MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear"]
 
 MAX_TOKENS = 64
 SLICES = 8  # of K, in the kernel's fixed summation order
 PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32 = 0, 1, 2, 3
-LoadKernel = Callable[..., Callable[..., None]]  # (source, name, defines, ...) -> a `Kernel`, or what acts as one
+LoadKernel = Callable[..., Kernel]
 
 
 class Decode:
@@ -190,7 +190,7 @@ def run_linear(
     workspace.reserve(config.workspace_floats(weight.n))
     kernel = load(*config.kernel(weight.k, x.dtype))
     epilogue = _epilogue(weight, residual, out)
-    arguments: list[Argument] = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
+    arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
     arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
     kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
     return out

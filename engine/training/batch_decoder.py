@@ -137,13 +137,13 @@ class BatchDecoder:
         """Copy the slots' state to the CPU behind the queued steps, without waiting."""
         if self.device.type != "cuda":
             return Snapshot(self.tokens.clone(), self.position.clone(), self.is_done.clone(), None)
-        tokens, position, is_done = [
+        copies = [
             torch.empty(state.shape, dtype=state.dtype, pin_memory=True).copy_(state, non_blocking=True)
             for state in (self.tokens, self.position, self.is_done)
         ]
         event = torch.cuda.Event()
         event.record()
-        return Snapshot(tokens, position, is_done, event)
+        return Snapshot(*copies, event)
 
     def _attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         return attend_rows(query, key, value, self.cache[layer, 0], self.cache[layer, 1], self.position)

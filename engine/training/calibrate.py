@@ -85,7 +85,7 @@ ESTIMATORS: dict[str, Callable[[np.ndarray], Chance]] = {
 def node_order(chance: Chance, num_heads: int, size: int = MAX_TREE_NODES) -> list[Choice]:
     """Return the `size` likeliest nodes, parents before children, likeliest first."""
     order: list[Choice] = []
-    waiting: list[tuple[float, Choice]] = [(-chance((rank,)), (rank,)) for rank in range(MISSED)]
+    waiting = [(-chance((rank,)), (rank,)) for rank in range(MISSED)]
     heapq.heapify(waiting)
     while waiting and len(order) < size:
         _, node = heapq.heappop(waiting)

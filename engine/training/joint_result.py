@@ -44,10 +44,8 @@ def merged_weights(model: TrainingModel) -> BackboneWeights:
     """
     backbone = model.backbone
     assert isinstance(backbone.lm_head, LoraLinear), "the model has no adapters"
-    embedding = backbone.embed.weight
-    assert isinstance(embedding, Tensor), "an embedding has a matrix"
     return BackboneWeights(
-        embedding=DenseWeight(embedding.float()),
+        embedding=DenseWeight(backbone.embed.weight.float()),
         layers=[_layer(layer, backbone) for layer in backbone.layers],  # of DecoderLayer, adapted
         norm=backbone.norm.weight.float(),
         lm_head=DenseWeight(_merged(backbone.lm_head, backbone)),

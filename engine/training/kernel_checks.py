@@ -4,7 +4,6 @@ A kernel that does not compile here or disagrees is switched off for this proces
 """
 
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import torch
@@ -16,11 +15,7 @@ __all__ = ["check_kernels"]
 
 def check_kernels(report: Callable[[str], None]) -> None:
     """Compare each Triton kernel with plain torch here and now; one that fails is not used."""
-    checks: list[tuple[Any, Callable[[], bool]]] = [
-        (ragged_attention, _attention_agrees),
-        (row_sampler, _choice_agrees),
-        (losses, _loss_agrees),
-    ]
+    checks = ((ragged_attention, _attention_agrees), (row_sampler, _choice_agrees), (losses, _loss_agrees))
     for module, agrees in checks:
         try:
             ok = agrees()

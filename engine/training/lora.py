@@ -71,11 +71,12 @@ class LoraAdapters(nn.Module):
         config, device = backbone.config, backbone.cos.device
         scale = alpha / rank
         shapes = _shapes(backbone)
-        layers = [{part: Adapter(*shapes[part], rank, scale) for part in _PARTS} for _ in backbone.layers]
-        self.layers = nn.ModuleList(nn.ModuleDict(adapters) for adapters in layers)
+        self.layers = nn.ModuleList(
+            nn.ModuleDict({part: Adapter(*shapes[part], rank, scale) for part in _PARTS}) for _ in backbone.layers
+        )
         self.lm_head = Adapter(config.hidden_size, config.vocab_size, rank, scale)
         self.to(device)
-        for layer, adapters in zip(backbone.layers, layers, strict=True):
+        for layer, adapters in zip(backbone.layers, self.layers, strict=True):
             for part in _PARTS:
                 setattr(layer, part, LoraLinear(getattr(layer, part), adapters[part], self.switch))
         backbone.lm_head = LoraLinear(backbone.lm_head, self.lm_head, self.switch)
@@ -94,7 +95,6 @@ class LoraAdapters(nn.Module):
         for layer in backbone.layers:
             for part in _PARTS:
                 setattr(layer, part, getattr(layer, part).base)
-        assert isinstance(backbone.lm_head, LoraLinear), "the adapters are in it"
         backbone.lm_head = backbone.lm_head.base
 
 

@@ -9,9 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.heads import HeadsConfig, MedusaHeads, modules_of, seen_embeddings
+from engine.heads import HeadsConfig, MedusaHeads, seen_embeddings
 from engine.training.dataset import HiddenCache
 from engine.training.dense import TrainingModel
 from engine.training.loop import TrainingLoop, TrainingPlan
@@ -59,7 +59,7 @@ class Vocabulary:
     def output_of(self, heads: MedusaHeads, head: int, shared: Tensor | None = None) -> Tensor:
         """Return the output matrix that `head` uses; `shared` stands in for the vocabulary's own rows."""
         if heads.config.output.startswith("own"):
-            return modules_of(heads.outputs, nn.Linear)[head].weight
+            return heads.outputs[head].weight
         return self.rows if shared is None else shared
 
 
@@ -69,7 +69,7 @@ def build_heads(config: HeadsConfig, vocabulary: Vocabulary, seed: int = 0) -> M
     heads = MedusaHeads(config, None if vocabulary.token_map is None else vocabulary.token_map.cpu())
     heads = heads.to(vocabulary.rows.device)
     if config.output.startswith("own"):
-        for output in modules_of(heads.outputs, nn.Linear):
+        for output in heads.outputs:
             output.weight.data.copy_(vocabulary.rows)
     return heads
 

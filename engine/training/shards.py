@@ -7,7 +7,7 @@ shard, so a killed run leaves only complete shards in it.
 
 import json
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,10 +42,10 @@ class ShardWriter:
     `about` describes the run: a folder written for another model, from other prompts or by another server is refused.
     """
 
-    def __init__(self, folder: Path, about: Mapping[str, object], shard_tokens: int = 1_000_000) -> None:
+    def __init__(self, folder: Path, about: dict[str, object], shard_tokens: int = 1_000_000) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.shard_tokens = folder, shard_tokens
-        self.index = read_index(folder) or {"version": 1, "about": dict(about), "shards": []}
+        self.index = read_index(folder) or {"version": 1, "about": about, "shards": []}
         _check_same_run(folder, self.index["about"], about)
         self._pending: list[Document] = []
         self._pending_tokens = 0
@@ -110,7 +110,7 @@ class ShardWriter:
         )
 
 
-def _check_same_run(folder: Path, known: dict, about: Mapping[str, object]) -> None:
+def _check_same_run(folder: Path, known: dict, about: dict[str, object]) -> None:
     if known.get("model") != about.get("model"):
         raise InvalidParameterError(
             f"{folder} holds data of {known.get('model')}, not of {about.get('model')}; give another --out."
