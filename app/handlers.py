@@ -113,8 +113,11 @@ class Handlers:
     def _thread_data(self, conversation_id: str) -> dict[str, Any]:
         if not conversation_id:
             return thread_view(None, [])
-        store = self._session.store
-        return thread_view(store.conversation(conversation_id), store.thread(conversation_id))
+        store, session = self._session.store, self._session
+        view = thread_view(store.conversation(conversation_id), store.thread(conversation_id))
+        # An answer may be over before the page has heard of it, and its title not: the page has to look for that too.
+        is_awaited = session.running(conversation_id) is not None or session.has_title_pending(conversation_id)
+        return {**view, "is_awaited": is_awaited}
 
     def _live_data(self, conversation_id: str) -> dict[str, Any] | None:
         """The running answer, or else the last steps of the last answer, so that the panel is never blank."""

@@ -30,9 +30,9 @@ function tell(value) {
   if (value.ended) source = null;
 }
 
-/** A thread that came with an event of this page: follow its running answer, and let the other tabs look too. */
+/** A thread that came with an event of this page: follow what is to come of it, and let the other tabs look too. */
 export function followIfRunning(thread) {
-  if (!thread.messages.some((message) => message.status === "running")) return;
+  if (!thread.is_awaited && !thread.messages.some((message) => message.status === "running")) return;
   follow();
   tabs.postMessage("an answer has begun");
 }

@@ -1,5 +1,6 @@
 """Edit, regenerate, go on, titles and the context: nothing that was written is lost or silently left out."""
 
+import json
 import threading
 from dataclasses import replace
 
@@ -9,6 +10,7 @@ from test_chat import WAIT_S, wait_for, wait_until
 
 from app.chat import ChatError
 from app.context import fit_prompt
+from app.handlers import Handlers
 from app.storage import ConversationStore
 from app.titles import clean_title
 
@@ -148,6 +150,29 @@ def test_title_gives_way_to_an_answer_and_is_written_later(store, start) -> None
     other = session.send(None, "echo:at once", {})
     wait_for(session, other.conversation_id)
     wait_until(lambda: store.conversation(turn.conversation_id).title == "A good title")
+
+
+def test_a_thread_says_that_its_title_is_still_to_come(store, start) -> None:
+    begun, end = threading.Event(), threading.Event()
+
+    class Slow(FakeEngine):
+        def stream(self, messages, params, stop=None):
+            if messages[0]["role"] == "system":
+                begun.set()
+                assert end.wait(WAIT_S)
+            yield from super().stream(messages, params, stop)
+
+    session = start(Slow(reply="A good title"), titles=True)
+    turn = session.send(None, "Tell me a story", {})
+    wait_for(session, turn.conversation_id)
+    assert begun.wait(WAIT_S)
+    handlers = Handlers(session)
+    shown = json.loads(handlers.open(turn.conversation_id)[1])
+    assert shown["is_awaited"] and all(message["status"] != "running" for message in shown["messages"])
+    end.set()
+    wait_until(lambda: store.conversation(turn.conversation_id).title == "A good title")
+    wait_until(lambda: not session.has_title_pending(turn.conversation_id))
+    assert not json.loads(handlers.open(turn.conversation_id)[1])["is_awaited"]
 
 
 @pytest.mark.parametrize(

@@ -148,16 +148,16 @@ class _Busy(Exception):
 def ask_all(server: ChatServer, questions: Iterable[Question], at_once: int) -> Iterator[ServerAnswer]:
     """Yield answers as they come, `at_once` requests under way; the first failure ends it and is raised."""
     waiting = iter(questions)
-    with ThreadPoolExecutor(at_once) as pool:
-        asked = {pool.submit(server.answer, question) for question in islice(waiting, at_once)}
-        try:
-            while asked:
-                done, asked = wait(asked, return_when=FIRST_COMPLETED)
-                asked |= {pool.submit(server.answer, question) for question in islice(waiting, len(done))}
-                for answered in done:
-                    yield answered.result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+    pool = ThreadPoolExecutor(at_once)
+    asked = {pool.submit(server.answer, question) for question in islice(waiting, at_once)}
+    try:
+        while asked:
+            done, asked = wait(asked, return_when=FIRST_COMPLETED)
+            asked |= {pool.submit(server.answer, question) for question in islice(waiting, len(done))}
+            for answered in done:
+                yield answered.result()
+    finally:  # without waiting: what has come is to be kept before requests of minutes run out
+        pool.shutdown(wait=False, cancel_futures=True)
 
 
 def _retry_after(error: HTTPError) -> float:
