@@ -100,9 +100,10 @@ def measure_engine(rounds: int) -> dict[str, Any]:
 
     from app.chat import ChatSession
     from app.storage import ConversationStore
-    from engine import Engine, SamplingParams
+    from engine import SamplingParams
+    from engine.bench.loading import load_engine
 
-    engine = Engine.load("bundled", device="cpu")
+    engine = load_engine(device="cpu")
     params = SamplingParams(max_tokens=200)
     speeds: dict[str, list[float]] = {"alone": [], "app": [], "browser": []}
     with tempfile.TemporaryDirectory() as folder, _server_for(engine, Path(folder)) as (session, url):

@@ -16,9 +16,11 @@ from engine import Engine
 from engine.bench import readme_table, suite
 from engine.bench.contenders import Ends, Own, Run, cut, spread
 from engine.bench.contexts import measure_contexts, prompt_of
+from engine.bench.loading import load_engine
 from engine.bench.peer_process import PeerError, PeerProcess, ProcessContender, why_no_llama_cpp
 from engine.bench.report_text import report_text
 
+BENCHES = Path(suite.__file__).parent
 SETUP = {"model": "bundled", "device": "cpu", "quantize": "auto", "heads": "auto"}
 
 PEER = """
@@ -286,3 +288,12 @@ def test_the_table_replaces_what_stands_between_its_markers() -> None:
     assert new == f"above\n{readme_table.BEGIN}\nnew\n{readme_table.END}\nbelow\n"
     with pytest.raises(ValueError, match="no place for the figures"):
         readme_table.with_table("nothing here", "new")
+
+
+def test_no_bench_teaches_the_tuner(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engine, "learns", True)
+    monkeypatch.setattr(Engine, "load", lambda *args, **kwargs: engine)
+    assert load_engine().learns is False
+    benches = [path for path in BENCHES.glob("*.py") if path.name != "loading.py"]
+    assert len(benches) > 10
+    assert [path.name for path in benches if "Engine.load(" in path.read_text(encoding="utf-8")] == []

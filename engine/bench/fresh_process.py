@@ -47,23 +47,24 @@ def _start(setup: Setup, task: str) -> subprocess.Popen[str]:
 
 
 def _answer_first(setup: Setup) -> None:
-    from engine import Engine, SamplingParams
+    from engine import SamplingParams
+    from engine.bench.loading import load_engine
 
-    engine = Engine.load(**setup)
+    engine = load_engine(**setup)
     for chunk in engine.stream([{"role": "user", "content": "Name three colours."}], SamplingParams(max_tokens=1)):
         if chunk.tokens:
             print("first token", flush=True)
 
 
 def _memory(setup: Setup) -> dict[str, Any]:
-    from engine import Engine
     from engine.bench.contenders import Own
     from engine.bench.contexts import prompt_of
+    from engine.bench.loading import load_engine
 
     on_gpu = _gpu_memory(setup["device"])
     tokenizer = 0 if on_gpu else _tokenizer_bytes(setup["model"])
     before = on_gpu() if on_gpu else _resident()
-    engine = Engine.load(**setup)
+    engine = load_engine(**setup)
     loaded = on_gpu() if on_gpu else _resident()
     tuning = engine.info.tuning
     nodes = tuning["chosen"] if tuning else 0

@@ -19,6 +19,7 @@ import torch
 
 from engine import Engine, GenerationResult, SamplingParams
 from engine.bench.gpu_report import Report, environment
+from engine.bench.loading import load_engine
 from engine.captured_decode import CapturedLoop
 from engine.cuda_drafter import CudaDrafter
 from engine.cuda_runner import CudaRunner
@@ -64,7 +65,7 @@ class Bench:
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             started, said = time.time(), []
-            self.engine = Engine.load(
+            self.engine = load_engine(
                 self.arguments.model,
                 device="cuda",
                 quantize=quantize,

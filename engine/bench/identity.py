@@ -15,6 +15,7 @@ from statistics import mean
 from typing import Any
 
 from engine.bench.hardware import describe, usable_cores
+from engine.bench.loading import load_engine
 from engine.bench.toggle import answer
 from engine.engine import Engine
 from engine.errors import EngineError, InvalidParameterError
@@ -93,7 +94,6 @@ def run_identity(engine: Engine, plan: Plan, say: Say) -> dict[str, Any]:
     """Compare and return the report. Raises EngineError without heads: nothing would have been compared."""
     if not engine.info.has_heads:
         raise EngineError(f"Medusa on and off cannot be compared: {engine.info.heads_reason}.")
-    engine.learns = False  # what a bench asks is not what people ask
     started, rows = time.perf_counter(), []
     for row in compare(engine, plan):
         rows.append(row)
@@ -145,7 +145,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         lines = [line for line in args.prompts.read_text(encoding="utf-8").splitlines() if line.strip()]
         plan = Plan(tuple(lines[: args.count]), args.nodes, args.tokens)
-        engine = Engine.load(args.model, device=args.device, quantize=args.quantize, heads=args.heads, progress=_say)
+        engine = load_engine(args.model, device=args.device, quantize=args.quantize, heads=args.heads, progress=_say)
         report = run_identity(engine, plan, _say)
     except (EngineError, OSError, UnicodeDecodeError) as error:
         _say(str(error))

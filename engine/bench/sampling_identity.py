@@ -22,6 +22,7 @@ import torch
 
 from engine import Engine, EngineError, GenerationResult, SamplingParams
 from engine.bench.identity import first_difference
+from engine.bench.loading import load_engine
 from engine.cuda_runner import CudaRunner
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
@@ -118,7 +119,7 @@ def report(
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    engine = Engine.load(
+    engine = load_engine(
         args.model, device=args.device, quantize=args.quantize, progress=lambda text: print(text, file=sys.stderr)
     )
     if not engine.info.has_heads:

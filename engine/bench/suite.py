@@ -16,6 +16,7 @@ from engine.bench.contenders import Contender, Ends, Own, Run, spread
 from engine.bench.contexts import CONTEXTS, measure_contexts
 from engine.bench.fresh_process import Setup, measure_memory, time_to_answer
 from engine.bench.hardware import describe, usable_cores
+from engine.bench.loading import load_engine
 from engine.bench.peer_process import PeerError, PeerProcess, ProcessContender, why_no_llama_cpp
 from engine.build import choose_device
 from engine.engine import Engine
@@ -92,7 +93,7 @@ def run_suite(setup: Setup, plan: Plan, say: Say) -> dict[str, Any]:
         "memory": _part(lambda: _memory(setup, plan.starts, say)),
     }
     say("Loading the engine")
-    engine = Engine.load(**setup, progress=say)
+    engine = load_engine(**setup, progress=say)
     chosen = _tree_size(engine)
     own: list[Contender] = [Own(engine, 0), *([Own(engine, chosen)] if chosen else [])]
     peers = _start_peers(setup, engine, plan, say)

@@ -16,13 +16,14 @@ from statistics import mean, median
 import torch
 
 from engine import Engine, GenerationResult, SamplingParams
+from engine.bench.loading import load_engine
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
-    engine = Engine.load(device=args.device)
+    engine = load_engine(device=args.device)
     if not engine.info.has_heads:
         print(engine.info.heads_reason, file=sys.stderr)
         return 1

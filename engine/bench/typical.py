@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from engine import Engine, GenerationResult, SamplingParams
+from engine.bench.loading import load_engine
 from engine.runner import Runner
 from engine.sampler import Sampler
 from engine.tree import CandidateTree
@@ -124,7 +125,7 @@ def measure(engine: Engine, prompts: Sequence[str], temperature: float, nodes: i
 def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(argv)
     args.out.mkdir(parents=True, exist_ok=True)
-    engine = Engine.load(args.model, device=args.device, progress=lambda text: print(text, file=sys.stderr))
+    engine = load_engine(args.model, device=args.device, progress=lambda text: print(text, file=sys.stderr))
     if not engine.info.has_heads:
         print(engine.info.heads_reason, file=sys.stderr)
         return 1
