@@ -10,7 +10,10 @@ from browser import Page, running_server
 
 pytestmark = pytest.mark.browser
 
+# What is fading in, such as the colours of the theme just chosen, is judged when it is there; what never ends, as it is.
 RUN_AXE = """async () => {
+    const fading = document.getAnimations().filter(a => a.effect.getComputedTiming().endTime < Infinity);
+    await Promise.allSettled(fading.map(a => a.finished));
     const found = await axe.run(document, {resultTypes: ["violations"]});
     return found.violations.filter(v => ["serious", "critical"].includes(v.impact))
         .map(v => `${v.id}: ${v.nodes.slice(0, 3).map(n => n.html.slice(0, 160)).join(" | ")}`);
