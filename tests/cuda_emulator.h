@@ -1,6 +1,6 @@
 // Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
 // A thread block is a set of fibers that take turns; barriers and warp operations are where they give way. Blocks run
-// one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
+// one after another, in a shuffled order; those of a cluster run together. Float sums inside a tensor-core step are made in float64 and rounded once,
 // so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
 #include <setjmp.h>
 #include <ucontext.h>
@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -29,36 +30,47 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulator {
+constexpr size_t STACK_BYTES = 256 * 1024;
+
 struct Fiber {  // lives on from block to block; turns are taken by jumps, which ask nothing of the kernel
     jmp_buf place;
-    std::vector<u8> stack;
+    std::unique_ptr<u8[]> stack;
     Index3 thread;
+    int block, cluster_phase;
     bool done, started;
 };
 struct Warp {
     int arrived = 0, generation = 0, alive = 32;
     u64 exchange[32][16];
 };
+struct Block {
+    Index3 index;
+    int arrived = 0, generation = 0, alive = 0;
+    int some_arrived[16] = {}, some_generation[16] = {};  // barriers of some of its warps
+    std::vector<u8> shared;
+};
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
+static std::vector<Block> blocks;  // of the cluster that runs
 static jmp_buf scheduler;
-static int current, block_arrived, block_generation, alive;
-static Index3 block_index, grid_size, block_size;
-static std::vector<u8> dynamic_shared;
+static int current, cluster_arrived, cluster_generation;
+static Index3 grid_size, block_size;
 static std::function<void()> body;
 
 inline void give_way() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 inline Fiber& self() { return fibers[current]; }
+inline Block& my_block() { return blocks[self().block]; }
+inline Warp& my_warp() { return warps[current / 32]; }  // a block's threads are a multiple of 32
 
 inline void leave() {
-    Fiber& fiber = self();
-    Warp& warp = warps[fiber.thread.x / 32];
-    fiber.done = true;
-    --alive;
+    Block& block = my_block();
+    Warp& warp = my_warp();
+    self().done = true;
+    --block.alive;
     --warp.alive;
-    if (alive > 0 && block_arrived >= alive) { block_arrived = 0; ++block_generation; }
+    if (block.alive > 0 && block.arrived >= block.alive) { block.arrived = 0; ++block.generation; }
     if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
 }
 inline void entry() {
@@ -73,21 +85,35 @@ inline void take_turn(Fiber& fiber) {
     if (fiber.started) _longjmp(fiber.place, 1);
     static ucontext_t first, here;
     fiber.started = true;
-    fiber.stack.resize(256 * 1024);
+    fiber.stack.reset(new u8[STACK_BYTES]);  // not filled: most of its pages are never touched
     getcontext(&first);
-    first.uc_stack.ss_sp = fiber.stack.data();
-    first.uc_stack.ss_size = fiber.stack.size();
+    first.uc_stack.ss_sp = fiber.stack.get();
+    first.uc_stack.ss_size = STACK_BYTES;
     makecontext(&first, entry, 0);
     swapcontext(&here, &first);
 }
 
 inline void block_barrier() {
-    int generation = block_generation;
-    if (++block_arrived >= alive) { block_arrived = 0; ++block_generation; }
-    while (generation == block_generation) give_way();
+    Block& block = my_block();
+    int generation = block.generation;
+    if (++block.arrived >= block.alive) { block.arrived = 0; ++block.generation; }
+    while (generation == block.generation) give_way();
+}
+inline void barrier_of(int id, int threads) {
+    Block& block = my_block();
+    int generation = block.some_generation[id];
+    if (++block.some_arrived[id] == threads) { block.some_arrived[id] = 0; ++block.some_generation[id]; }
+    while (generation == block.some_generation[id]) give_way();
+}
+inline void cluster_arrive() {
+    self().cluster_phase = cluster_generation;
+    if (++cluster_arrived == (int)(blocks.size() * block_size.x)) { cluster_arrived = 0; ++cluster_generation; }
+}
+inline void cluster_wait() {
+    while (self().cluster_phase == cluster_generation) give_way();
 }
 inline void warp_barrier() {
-    Warp& warp = warps[self().thread.x / 32];
+    Warp& warp = my_warp();
     int generation = warp.generation;
     if (++warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
     while (generation == warp.generation) give_way();
@@ -95,7 +121,7 @@ inline void warp_barrier() {
 
 template <typename T> T exchanged(T value, int from) {
     int lane = self().thread.x % 32;
-    Warp& warp = warps[self().thread.x / 32];
+    Warp& warp = my_warp();
     memcpy(warp.exchange[lane], &value, sizeof(T));
     warp_barrier();
     T result;
@@ -104,33 +130,50 @@ template <typename T> T exchanged(T value, int from) {
     return result;
 }
 
-inline void run_block(int threads, size_t shared_bytes) {
-    if ((int)fibers.size() < threads) fibers.resize(threads);
-    warps.assign((threads + 31) / 32, Warp());
-    alive = threads;
-    block_arrived = 0;
-    dynamic_shared.assign(shared_bytes + 64, 0xcd);
-    for (int i = 0; i < threads; ++i) {
-        fibers[i].thread = {(u32)i, 0, 0};
+inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
+inline u8* aligned(std::vector<u8>& memory) { return (u8*)(((uintptr_t)memory.data() + 15) & ~(uintptr_t)15); }
+
+inline void run_cluster(const std::vector<Index3>& indices, int threads, size_t shared_bytes) {
+    const int total = threads * indices.size();
+    if ((int)fibers.size() < total) fibers.resize(total);
+    warps.assign((total + 31) / 32, Warp());
+    blocks.assign(indices.size(), Block());
+    cluster_arrived = 0;
+    for (size_t b = 0; b < indices.size(); ++b) {
+        blocks[b].index = indices[b];
+        blocks[b].alive = threads;
+        blocks[b].shared.assign(shared_bytes + 2048, 0xcd);
+    }
+    for (int i = 0; i < total; ++i) {
+        fibers[i].thread = {(u32)(i % threads), 0, 0};
+        fibers[i].block = i / threads;
         fibers[i].done = false;
     }
-    while (alive > 0)
-        for (int i = 0; i < threads; ++i)
-            if (!fibers[i].done) { current = i; take_turn(fibers[i]); }
+    int left = total;
+    while (left > 0)
+        for (int i = 0; i < total; ++i)
+            if (!fibers[i].done) {
+                current = i;
+                take_turn(fibers[i]);
+                left -= fibers[i].done;
+            }
 }
 
-inline void launch(Index3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+// `cluster` blocks along y run together.
+inline void launch(Index3 grid, int threads, size_t shared_bytes, int cluster, std::function<void()> kernel) {
     body = kernel;
     grid_size = grid;
     block_size = {(u32)threads, 1, 1};
-    std::vector<Index3> blocks;
+    std::vector<std::vector<Index3>> clusters;
     for (u32 z = 0; z < grid.z; ++z)
-        for (u32 y = 0; y < grid.y; ++y)
-            for (u32 x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
-    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(grid.x + grid.y));
-    for (Index3 block : blocks) { block_index = block; run_block(threads, shared_bytes); }
+        for (u32 y = 0; y < grid.y; y += cluster)
+            for (u32 x = 0; x < grid.x; ++x) {
+                clusters.emplace_back();
+                for (u32 i = 0; i < (u32)cluster; ++i) clusters.back().push_back({x, y + i, z});
+            }
+    std::shuffle(clusters.begin(), clusters.end(), std::mt19937(grid.x + grid.y));
+    for (const auto& indices : clusters) run_cluster(indices, threads, shared_bytes);
 }
-inline u8* aligned_shared() { return (u8*)(((uintptr_t)dynamic_shared.data() + 15) & ~(uintptr_t)15); }
 }  // namespace emulator
 
 #define __global__
@@ -138,9 +181,9 @@ inline u8* aligned_shared() { return (u8*)(((uintptr_t)dynamic_shared.data() + 1
 #define __forceinline__ inline
 #define __launch_bounds__(...)
 #define SHARED static
-#define DYNAMIC_SHARED(name) u8* name = emulator::aligned_shared()
+#define DYNAMIC_SHARED(name) u8* name = emulator::aligned(emulator::my_block().shared)
 #define threadIdx (emulator::self().thread)
-#define blockIdx (emulator::block_index)
+#define blockIdx (emulator::my_block().index)
 #define gridDim (emulator::grid_size)
 #define blockDim (emulator::block_size)
 inline void __syncthreads() { emulator::block_barrier(); }
@@ -201,17 +244,29 @@ template <int PICK> u32 widen_int8(u32 codes) {
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
+inline void copy16_or_zero_async(void* shared, const void* global, bool exists) {
+    if (exists) memcpy(shared, global, 16);
+    else memset(shared, 0, 16);
+}
 inline void commit_copies() {}
 template <int> void wait_copies() {}
 inline void prefetch_l2(const void* p, int bytes) {  // reads its first and last byte, so that a sanitizer sees them
     volatile u8 seen = ((const u8*)p)[0];
     seen = ((const u8*)p)[bytes - 1];
 }
+inline void warps_barrier(int id, int threads) { emulator::barrier_of(id, threads); }
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline void store_in_cluster(float4* shared, int rank, float4 v) {  // same layout in every block of the cluster
+    u8* there = emulator::align1024(emulator::aligned(emulator::blocks[rank].shared));
+    u8* here = emulator::align1024(emulator::aligned(emulator::my_block().shared));
+    *(float4*)(there + ((u8*)shared - here)) = v;
+}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
 inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::Warp& warp = emulator::warps[threadIdx.x / 32];
+    emulator::Warp& warp = emulator::my_warp();
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(warp.exchange[lane], mine, sizeof mine);
@@ -250,11 +305,12 @@ inline u32 load_shared4(SharedAddress p) { u32 v; memcpy(&v, p, 4); return v; }
 typedef const u8* Operand;
 inline Operand operand_at(const u8* tile) { return tile; }
 inline Operand operand_after(Operand tile, int bytes) { return tile + bytes; }
-inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
 inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
+using emulator::align1024;
 inline void publish_to_tensor_cores() {}
 inline void products_begin() {}
-inline void products_end() {}
+inline void products_commit() {}
+template <int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
 template <int TILES>
 void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, Operand tile, int step, int keep) {
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

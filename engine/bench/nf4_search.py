@@ -8,6 +8,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -32,40 +33,23 @@ from engine.kernels.tune_nf4 import candidates, copies, time_graph
 MAIN = [(4096, 4096), (11008, 4096), (4096, 11008)]
 LAYER = [(12288, 4096), (22016, 4096)]
 FAMILIES = {"mma": 0, "wgmma": 1}
-# (row_warps, slice_warps, depth, min_blocks) by token tiles
-WGMMA_CUTS: dict[int, list[tuple[int, int, int, int]]] = {
-    1: [
-        *((4, 4, 4, 1), (4, 4, 2, 2), (4, 2, 4, 2), (4, 2, 4, 4), (8, 2, 4, 1), (8, 4, 2, 1), (4, 8, 2, 1)),
-        *((4, 1, 4, 8), (4, 1, 8, 4), (8, 1, 4, 4)),
-    ],
-    2: [(4, 4, 4, 1), (4, 2, 4, 3), (4, 2, 4, 2), (8, 2, 4, 1), (4, 1, 4, 6), (8, 1, 4, 3)],
-    4: [
-        *((4, 4, 4, 1), (4, 4, 2, 1), (4, 2, 4, 2), (4, 2, 2, 2), (8, 2, 4, 1), (8, 2, 2, 1), (4, 1, 4, 4)),
-        *((4, 1, 4, 5), (8, 1, 4, 2), (16, 1, 4, 1), (4, 2, 8, 1)),
-    ],
-    8: [(4, 2, 4, 1), (4, 2, 2, 1), (8, 1, 4, 1), (4, 1, 4, 2), (4, 1, 2, 3), (8, 2, 1, 1)],
-}
+WGMMA_THREADS = {1: 1024, 2: 768, 4: 512, 8: 384}  # of a multiprocessor, that its registers are enough for
 STAGES = {"decode": 1, "tokens": 2, "exchange": 4, "weights": 8, "decode, tokens": 3, "all but weights": 7, "all": 15}
 
 
 def wgmma_candidates(tokens: int, n: int, k: int) -> list[LinearConfig]:
-    """List cuts for Hopper's instruction: with and without prefetching, one pass or a loop that fills one wave."""
-    found, tiles = [], token_tiles_for(tokens)
-    multiprocessors = torch.cuda.get_device_properties().multi_processor_count
-    limit = nvrtc.shared_memory_limit()
-    for row_warps, slice_warps, depth, min_blocks in WGMMA_CUTS[tiles]:
-        row_blocks = -(-n // (16 * row_warps))
-        loop = -(-row_blocks * 8 // slice_warps // (multiprocessors * min_blocks))
-        for decode in (Decode.NF4_TABLE, Decode.NF4_PERMUTE):
-            for x_blocks in (4, 8) if k <= 4096 else (4, 12):
-                for row_loop, prefetch in {(1, 0), (1, 1), (max(1, loop), 0), (max(1, loop), 1)}:
-                    shape = (row_warps, slice_warps, depth, min_blocks, prefetch, 1, row_loop)
-                    found.append(LinearConfig(decode, tiles, 1, *shape, -(-x_blocks // depth) * depth))
-    return [
-        config
-        for config in dict.fromkeys(found)
-        if config.fits(k, limit) and config.min_blocks * config.threads <= 2048
-    ]
+    """List cuts for Hopper's instruction, as many thread blocks to a multiprocessor as its registers hold."""
+    found, tiles, limit = [], token_tiles_for(tokens), nvrtc.shared_memory_limit()
+    shapes = product((4, 8), (1, 2, 4), (1, 2, 4), ((2, 2), (4, 2), (4, 4), (2, 4)), (0, 1))
+    for row_warps, slice_warps, cluster, (depth, x_blocks), prefetch in shapes:
+        if slice_warps * cluster > 8 or 32 * row_warps * slice_warps > 1024:
+            continue
+        most = max(1, WGMMA_THREADS[tiles] // (32 * row_warps * slice_warps))
+        cut = (1, row_warps, slice_warps, depth)
+        tries = [LinearConfig(Decode.NF4_TABLE, tiles, *cut, m, prefetch, 1, cluster, x_blocks) for m in range(1, 9)]
+        fitting = [config for config in tries if config.min_blocks <= most and config.fits(k, limit)]
+        found += fitting[-1:]
+    return found
 
 
 def mma_candidates(tokens: int, n: int, k: int) -> list[LinearConfig]:
@@ -265,16 +249,11 @@ def main() -> None:
     report.run("bandwidth", bandwidth)
     report.run("compile", compile_search)
     report.run("check", check, 0.4)
-    report.run("search_32", search(32), 0.5)
-    report.run("search_8", search(8), 0.55)
-    report.run("search_32_layer", search(32, LAYER), 0.6)
-    report.run("search_8_layer", search(8, LAYER), 0.65)
-    report.run("table_first", table, 0.7)
+    for tokens in (32, 8, 16, 64):
+        report.run(f"search_{tokens}", search(tokens, MAIN + LAYER), 0.7)
     report.run("without_stages", without_stages, 0.75)
     report.run("step_wgmma", steps("wgmma"), 0.85)
     report.run("step_mma", steps("mma"), 0.9)
-    report.run("search_16", search(16), 0.9)
-    report.run("search_64", search(64), 0.9)
     report.run("table", table, 0.95)
     print_summary(report)
 

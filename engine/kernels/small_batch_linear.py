@@ -32,9 +32,9 @@ class LinearConfig:
     """How the work is cut: but for `wgmma`, none of it changes a result's bits.
 
     A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight. With
-    `wgmma` (compute capability 9.0 alone), four row warps multiply together, a thread block goes through `row_loop`
-    row blocks, and `x_blocks` blocks of 64 k per slice lie in each of two buffers. `prefetch` asks for all weights of
-    a thread block ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
+    `wgmma` (compute capability 9.0 alone), four row warps multiply together, a warp takes a run of slices, `cluster`
+    thread blocks share rows, and tokens are copied by `x_blocks` blocks of 64 k. `prefetch` asks for all weights of a
+    thread block ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
     """
 
     decode: int
@@ -46,16 +46,18 @@ class LinearConfig:
     min_blocks: int = 1
     prefetch: int = 0
     wgmma: int = 0
-    row_loop: int = 1
+    cluster: int = 1
     x_blocks: int = 0
     ablate: int = 0
 
     def __post_init__(self) -> None:
         if self.wgmma:
-            assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.x_blocks % self.depth == 0, str(self)
-            assert self.x_blocks > 0, str(self)
+            assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.row_warps % self.cluster == 0, str(self)
+            assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 8, str(self)
+            assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
+            assert self._round % 2 == 0, str(self)
         else:
-            assert self.row_loop == 1 and self.x_blocks == 0, str(self)
+            assert self.cluster == 1 and self.x_blocks == 0, str(self)
 
     @property
     def threads(self) -> int:
@@ -68,19 +70,26 @@ class LinearConfig:
     @property
     def parts(self) -> int:
         """Thread blocks that share a row."""
-        return SLICES // self.slice_warps
+        return self.cluster if self.wgmma else SLICES // self.slice_warps
+
+    @property
+    def _round(self) -> int:
+        """Blocks that a slice is filled up to a multiple of."""
+        return max(self.x_blocks, self.depth)
 
     def grid(self, n: int) -> tuple[int, int]:
-        return math.ceil(math.ceil(n / self.block_rows) / self.row_loop), self.parts
+        return math.ceil(n / self.block_rows), self.parts
 
     def shared_bytes(self, k: int) -> int:
         """Dynamic shared memory for `k` input features."""
+        if self.wgmma:
+            groups = self.slice_warps * self.cluster
+            tokens = 3 * self.slice_warps * self.x_blocks * self.token_tiles * 1024
+            waiting = int(math.log2(SLICES // groups)) * self.threads * self.token_tiles * 16
+            exchange = groups * self.row_warps // self.cluster * self.token_tiles * 512 if groups > 1 else 0
+            return 1024 + tokens + waiting + exchange
         blocks = math.ceil(k / 64 / SLICES)
         exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
-        if self.wgmma:
-            buffers = min(2, math.ceil(blocks / self.x_blocks))
-            tokens = buffers * self.slice_warps * self.x_blocks * self.token_tiles * 1024
-            return 1024 + (tokens + exchange if self.row_loop > 1 else max(tokens, exchange))
         stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)
         return max(min(math.ceil(blocks / self.depth), 2) * stage, exchange)
 
@@ -91,10 +100,8 @@ class LinearConfig:
 
     def defines(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         """Return what the source is compiled with."""
-        left_out = ("wgmma",) if self.wgmma else ("wgmma", "row_loop", "x_blocks")
+        left_out = ("wgmma",) if self.wgmma else ("wgmma", "cluster", "x_blocks")
         named = {name: value for name, value in self.to_dict().items() if name not in left_out}
-        if self.wgmma:
-            named["row_loop"] = min(self.row_loop, 2)  # the source asks only whether there is a loop
         return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
 
     def kernel(self, k: int, dtype: torch.dtype) -> tuple[str, str, tuple[tuple[str, int], ...], int]:
@@ -103,6 +110,8 @@ class LinearConfig:
         return f"{name}.cuh", name, self.defines(dtype), self.shared_bytes(k)
 
     def workspace_floats(self, n: int) -> int:
+        if self.wgmma:
+            return 0
         blocks = math.ceil(n / self.block_rows)
         return blocks * self.block_rows * self.parts * self.token_tiles * 8 if self.parts > 1 else 0
 
@@ -192,7 +201,8 @@ def run_linear(
     epilogue = _epilogue(weight, residual, out)
     arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
     arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
-    kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
+    shared_bytes = config.shared_bytes(weight.k)
+    kernel(config.grid(weight.n), config.threads, arguments, shared_bytes, cluster=config.cluster)
     return out
 
 

@@ -109,6 +109,16 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 #endif
 }
 
+// 16 bytes, or zeros in their place.
+__device__ __forceinline__ void copy16_or_zero_async(void* shared, const void* global, bool exists) {
+#if __CUDA_ARCH__ >= 800
+    u32 target = (u32)__cvta_generic_to_shared(shared);
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(exists ? 16 : 0) : "memory");
+#else
+    *(uint4*)shared = exists ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -195,9 +205,7 @@ __device__ __forceinline__ void publish_to_tensor_cores() {  // shared memory th
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_end() {
-    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
-}
+__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
 
 // Where a right operand lies, as the instruction wants it: rows of 128 bytes, eight rows together, pieces exchanged.
 typedef u64 Operand;
@@ -207,7 +215,25 @@ __device__ __forceinline__ Operand operand_at(const u8* tile) {
 __device__ __forceinline__ Operand operand_after(Operand tile, int bytes) { return tile + (u32)(bytes >> 4); }
 
 #define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+#define CODES4(a) "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])
 #define SUMS16(c, i) SUMS4(c[i]), SUMS4(c[i + 1]), SUMS4(c[i + 2]), SUMS4(c[i + 3])
+// Wait for the products under way: their sums may be read then, and their left operand's registers written.
+template <int TILES>
+__device__ __forceinline__ void products_wait(float (&c)[TILES][4], u32 (&a)[4][4]) {
+    if constexpr (TILES == 1)
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS4(c[0]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+    else if constexpr (TILES == 2)
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS4(c[0]), SUMS4(c[1]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+    else if constexpr (TILES == 4)
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS16(c, 0), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+    else
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS16(c, 0), SUMS16(c, 4), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+}
+
 // c[64 x 8 TILES] (+)= a * the 16 columns from 16 * step on of the operand at `tile` (8 * TILES rows of 64 values, at a
 // multiple of 1024 bytes). A warp holds 16 rows, as in multiply16x8x16; the sums start at zero unless `keep`.
 template <int TILES>
@@ -236,6 +262,26 @@ __device__ __forceinline__ void multiply64(
             : SUMS16(c, 0), SUMS16(c, 4) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(operand), "r"(keep));
 }
 #endif
+
+// ---- clusters: thread blocks that see each other's shared memory (compute capability 9.0) ----
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// Write to the place in thread block `rank` of the cluster that `shared` is in this one.
+__device__ __forceinline__ void store_in_cluster(float4* shared, int rank, float4 v) {
+    u32 address;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+#endif
+
+// A barrier of some warps of a thread block: `id` from 1 to 15, `threads` take part.
+__device__ __forceinline__ void warps_barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 // ---- the kernel before and the kernel after (programmatic dependent launch; no effect where it is not asked for) ----
 
