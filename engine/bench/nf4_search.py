@@ -34,19 +34,20 @@ MAIN = [(4096, 4096), (11008, 4096), (4096, 11008)]
 LAYER = [(12288, 4096), (22016, 4096)]
 FAMILIES = {"mma": 0, "wgmma": 1}
 WGMMA_THREADS = {1: 1024, 2: 768, 4: 512, 8: 384}  # of a multiprocessor, that its registers are enough for
+DEPTHS = ((2, 2), (4, 2), (4, 4), (8, 2), (8, 4), (8, 8))  # (depth, x_blocks)
 STAGES = {"decode": 1, "tokens": 2, "exchange": 4, "weights": 8, "decode, tokens": 3, "all but weights": 7, "all": 15}
 
 
 def wgmma_candidates(tokens: int, n: int, k: int) -> list[LinearConfig]:
     """List cuts for Hopper's instruction, as many thread blocks to a multiprocessor as its registers hold."""
     found, tiles, limit = [], token_tiles_for(tokens), nvrtc.shared_memory_limit()
-    shapes = product((4, 8), (1, 2, 4), (1, 2, 4), ((2, 2), (4, 2), (4, 4), (2, 4)), (0, 1))
-    for row_warps, slice_warps, cluster, (depth, x_blocks), prefetch in shapes:
+    shapes = product((4, 8, 12, 16), (1, 2, 4), (1, 2, 4), DEPTHS, (0, 1))
+    for row_warps, slice_warps, cluster, (depth, x_blocks), wide in shapes:
         if slice_warps * cluster > 8 or 32 * row_warps * slice_warps > 1024:
             continue
         most = max(1, WGMMA_THREADS[tiles] // (32 * row_warps * slice_warps))
         cut = (1, row_warps, slice_warps, depth)
-        tries = [LinearConfig(Decode.NF4_TABLE, tiles, *cut, m, prefetch, 1, cluster, x_blocks) for m in range(1, 9)]
+        tries = [LinearConfig(Decode.NF4_TABLE, tiles, *cut, m, 0, 1, cluster, x_blocks, wide) for m in range(1, 9)]
         fitting = [config for config in tries if config.min_blocks <= most and config.fits(k, limit)]
         found += fitting[-1:]
     return found

@@ -16,6 +16,7 @@ from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 __all__ = ["MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear"]
 
 MAX_TOKENS = 64
+TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
 SLICES = 8  # of K, in the kernel's fixed summation order
 PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32 = 0, 1, 2, 3
 LoadKernel = Callable[..., Kernel]
@@ -33,7 +34,8 @@ class LinearConfig:
 
     A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight. With
     `wgmma` (compute capability 9.0 alone), four row warps multiply together, a warp takes a run of slices, `cluster`
-    thread blocks share rows, and tokens are copied by `x_blocks` blocks of 64 k. `prefetch` asks for all weights of a
+    thread blocks share rows, and tokens are copied by `x_blocks` blocks of 64 k, and a `wide_table` of NF4 pairs takes fewer instructions and twice the
+    shared memory. `prefetch` asks for all weights of a
     thread block ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
     """
 
@@ -48,6 +50,7 @@ class LinearConfig:
     wgmma: int = 0
     cluster: int = 1
     x_blocks: int = 0
+    wide_table: int = 0
     ablate: int = 0
 
     def __post_init__(self) -> None:
@@ -57,7 +60,7 @@ class LinearConfig:
             assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
             assert self._round % 2 == 0, str(self)
         else:
-            assert self.cluster == 1 and self.x_blocks == 0, str(self)
+            assert self.cluster == 1 and self.x_blocks == 0 and not self.wide_table, str(self)
 
     @property
     def threads(self) -> int:
@@ -71,6 +74,10 @@ class LinearConfig:
     def parts(self) -> int:
         """Thread blocks that share a row."""
         return self.cluster if self.wgmma else SLICES // self.slice_warps
+
+    @property
+    def _has_wide_table(self) -> bool:
+        return self.decode == Decode.NF4_TABLE and bool(self.wide_table)
 
     @property
     def _round(self) -> int:
@@ -87,7 +94,7 @@ class LinearConfig:
             tokens = 3 * self.slice_warps * self.x_blocks * self.token_tiles * 1024
             waiting = int(math.log2(SLICES // groups)) * self.threads * self.token_tiles * 16
             exchange = groups * self.row_warps // self.cluster * self.token_tiles * 512 if groups > 1 else 0
-            return 1024 + tokens + waiting + exchange
+            return 1024 + tokens + waiting + exchange + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
         blocks = math.ceil(k / 64 / SLICES)
         exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
         stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)
@@ -95,12 +102,12 @@ class LinearConfig:
 
     def fits(self, k: int, limit: int) -> bool:
         """Say whether a multiprocessor's shared memory holds it, with the table."""
-        table = 32 * 1024 if self.decode == Decode.NF4_TABLE else 0
+        table = TABLE_BYTES if self.decode == Decode.NF4_TABLE and not self._has_wide_table else 0
         return self.threads <= 1024 and self.min_blocks * (self.shared_bytes(k) + table + 1040) <= limit
 
     def defines(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         """Return what the source is compiled with."""
-        left_out = ("wgmma",) if self.wgmma else ("wgmma", "cluster", "x_blocks")
+        left_out = ("wgmma",) if self.wgmma else ("wgmma", "cluster", "x_blocks", "wide_table")
         named = {name: value for name, value in self.to_dict().items() if name not in left_out}
         return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
 

@@ -13,7 +13,7 @@
 
 constexpr int OPERAND_BYTES = TOKEN_TILES * 1024;  // 64 k of all tokens
 constexpr int BUFFER_BYTES = X_BLOCKS * OPERAND_BYTES;
-constexpr int BUFFERS = 3;
+constexpr int BUFFERS = 3, WIDE_BYTES = DECODE == 0 && WIDE_TABLE ? 65536 : 0;
 constexpr int GROUPS = SLICE_WARPS * CLUSTER, OWN_SLICES = SLICES / GROUPS;
 constexpr int LEVELS = OWN_SLICES == 8 ? 3 : OWN_SLICES == 4 ? 2 : OWN_SLICES == 2 ? 1 : 0;
 constexpr int ROUND = X_BLOCKS > DEPTH ? X_BLOCKS : DEPTH;  // blocks a slice is filled up to a multiple of
@@ -46,8 +46,8 @@ __device__ __forceinline__ void add_slice(float (&sums)[TOKEN_TILES][4], float4*
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
     float4*, u32*, int tokens, int n, int k, int epilogue) {
-    DYNAMIC_SHARED(unaligned);
-    u8* shared = align1024(unaligned);
+    DYNAMIC_SHARED(all_shared);
+    u8* shared = align1024(all_shared + WIDE_BYTES);
     float4* waiting = (float4*)(shared + SLICE_WARPS * BUFFERS * BUFFER_BYTES);
     float4* exchange = waiting + LEVELS * TOKEN_TILES * THREADS;
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
             if (IS_NF4) prefetch_l2(scales + tile * 8, count * 64);
         }
     }
-    const Tables tables = load_tables(table);
+    const Tables tables = load_tables(table, all_shared);
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 

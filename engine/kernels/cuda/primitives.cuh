@@ -205,7 +205,10 @@ __device__ __forceinline__ void publish_to_tensor_cores() {  // shared memory th
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_commit() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
+// What is written behind this stays behind the products in the compiled order too: they are to run beside it.
+__device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;\n\tbar.warp.sync 0xffffffff;" ::: "memory");
+}
 
 // Where a right operand lies, as the instruction wants it: rows of 128 bytes, eight rows together, pieces exchanged.
 typedef u64 Operand;
