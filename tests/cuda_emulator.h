@@ -241,6 +241,7 @@ inline u32 and_or(u32 value, u32 mask, u32 bits) { return (value & mask) | bits;
 template <int PICK> u32 widen_int8(u32 codes) {
     return pack2((float)(i8)(codes >> (8 * PICK)), (float)(i8)(codes >> (8 * PICK + 8)));
 }
+template <typename T> T* kept(T* pointer) { return pointer; }
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }

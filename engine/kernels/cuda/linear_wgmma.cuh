@@ -59,20 +59,27 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     if (CLUSTER > 1) cluster_arrive();
 
     // Blocks past the end of a slice multiply tokens of zero by any weights; row tiles past the end are not written.
-    const u8* tile_codes = (const u8*)weights + (long long)min(block_tile + row_warp, row_tiles - 1) * blocks * TILE_BYTES;
-    const u8* tile_scales = (const u8*)scales + (long long)min(block_tile + row_warp, row_tiles - 1) * blocks * 64;
-    Prefetched ahead[DEPTH];
-    const int last_block = blocks - 1;
+    const long long first_tile = (long long)min(block_tile + row_warp, row_tiles - 1) * blocks + first_slice;
+    const uint4* next_codes = kept(weights + first_tile * (LOADS * 32) + lane);
+    const float2* next_scales = kept(scales + first_tile * 8 + lane / 4);
+    Prefetched ahead[DEPTH] = {};
     int load_block = first_slice;
-    // Load the block of the run that comes next; a slice can only end where `may_end`, DEPTH blocks ahead of a round.
+    // Load the block of the run that comes next. A slice can only end where it `may`, which is known ahead.
     auto fetch = [&](Prefetched& slot, bool may_end) {
-        const u32 block = TILE_STEP ? min(load_block, last_block) : 0;
-        load_tile(slot, (const uint4*)(tile_codes + block * TILE_BYTES), (const float2*)(tile_scales + block * 64), lane);
+        if (load_block < blocks) load_tile(slot, next_codes, next_scales, 0);
         load_block += SLICES;
-        if (may_end && load_block >= per_slice * SLICES) load_block -= per_slice * SLICES - 1;
+        next_codes = kept(next_codes + TILE_STEP * LOADS * 32);
+        next_scales = kept(next_scales + TILE_STEP * 8);
+        if (may_end && load_block >= per_slice * SLICES) {
+            load_block -= per_slice * SLICES - 1;
+            if (TILE_STEP) {
+                next_codes -= (per_slice * SLICES - 1) * LOADS * 32;
+                next_scales -= (per_slice * SLICES - 1) * 8;
+            }
+        }
     };
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
+    for (int d = 0; d < DEPTH - 1; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
     if (PREFETCH && TILE_STEP && threadIdx.x < ROW_WARPS && block_tile + threadIdx.x < row_tiles) {
         const int share = (blocks + CLUSTER - 1) / CLUSTER, from = blockIdx.y * share, count = min(share, blocks - from);
         const long long tile = (long long)(block_tile + threadIdx.x) * blocks + from;
@@ -115,11 +122,10 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
 
     float sums[TOKEN_TILES][4] = {}, products[TOKEN_TILES][4] = {};
     u32 codes[2][4][4] = {};
-    float2 scale = make_float2(0.0f, 0.0f);
     int buffer = 0, done = -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
     // Take the products of the block before, which the tensor cores have finished with. That a slice may end at any
     // block is asked so that there is a branch: the compiler keeps what lies behind it behind the products of before.
-    auto take = [&]() {
+    auto take = [&](float2 scale) {
 #if IS_NF4
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) add_scaled(sums[t], scale, products[t]);
@@ -138,12 +144,12 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll
         for (int d = 0; d < ROUND; ++d) {
-            Prefetched& tile = ahead[d % DEPTH];
+            Prefetched &tile = ahead[d % DEPTH], &before = ahead[(d + DEPTH - 1) % DEPTH];
             decode_half(tile, 0, tables, codes[d & 1]);
             decode_half(tile, 1, tables, codes[d & 1]);
             products_wait(products, codes[~d & 1]);
-            take();
-            scale = tile.scale;
+            take(before.scale);
+            fetch(before, (d + DEPTH) % ROUND == 0);
             if (d % X_BLOCKS == 0) {
                 wait_copies<1>();
                 publish_to_tensor_cores();
@@ -157,12 +163,11 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
                 multiply64(products, codes[d & 1][step][0], codes[d & 1][step][1], codes[d & 1][step][2],
                            codes[d & 1][step][3], operand, step, step > 0 || (!IS_NF4 && done > 0));
             products_commit();
-            fetch(tile, (d + DEPTH + 1) % ROUND == 0);
             if (d % X_BLOCKS == X_BLOCKS - 1) buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
         }
     }
     products_wait(products, codes[1]);
-    take();
+    take(ahead[DEPTH - 1].scale);
     wait_copies<0>();
 
     if (GROUPS == 1 || (ABLATE & NO_EXCHANGE)) {

@@ -87,6 +87,12 @@ __device__ __forceinline__ float exp2_fast(float x) {
 
 // ---- memory ----
 
+// A pointer as it is: the compiler would rather make it anew from its parts each time.
+template <typename T> __device__ __forceinline__ T* kept(T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+
 __device__ __forceinline__ uint4 load_once16(const void* address) {  // weights: read by one thread, once
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
