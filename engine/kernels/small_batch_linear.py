@@ -58,7 +58,7 @@ class LinearConfig:
             assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.row_warps % self.cluster == 0, str(self)
             assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 8, str(self)
             assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
-            assert self._round % 2 == 0, str(self)
+            assert self.depth > 1 and self._round % 2 == 0, str(self)
         else:
             assert self.cluster == 1 and self.x_blocks == 0 and not self.wide_table, str(self)
 
