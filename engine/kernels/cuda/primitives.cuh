@@ -109,6 +109,16 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 #endif
 }
 
+// Copy, or write zeros without reading.
+__device__ __forceinline__ void copy16_or_zero(void* shared, const void* global, bool copies) {
+#if __CUDA_ARCH__ >= 800
+    u32 target = (u32)__cvta_generic_to_shared(shared), bytes = copies ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
+#else
+    *(uint4*)shared = copies ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
+#endif
+}
+
 __device__ __forceinline__ void commit_copies() {
 #if __CUDA_ARCH__ >= 800
     asm volatile("cp.async.commit_group;" ::: "memory");
@@ -147,6 +157,37 @@ __device__ __forceinline__ uint4 load_matrices(const void* row) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
     return v;
 }
+
+// The same with rows and columns exchanged: a lane gets rows 2q and 2q + 1 of column g of each.
+__device__ __forceinline__ uint4 load_matrices_transposed(const void* row) {
+    uint4 v;
+    u32 source = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
+    return v;
+}
+
+// ---- threads of a block, thread blocks of a cluster ----
+
+// Wait until `threads` threads (whole warps) have come here under the same id, 1 to 15.
+__device__ __forceinline__ void barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// Read what thread block `rank` of the cluster has where this one has `mine` in its shared memory.
+__device__ __forceinline__ float2 load_peer8(const void* mine, int rank) {
+    u32 address = (u32)__cvta_generic_to_shared(mine), peer;
+    float2 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(peer) : "memory");
+    return v;
+}
+#endif
 
 // ---- tensor cores ----
 
