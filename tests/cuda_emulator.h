@@ -1,6 +1,6 @@
 // Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
-// A thread block is a set of fibers that take turns; barriers and warp operations are where they give way. Blocks run
-// one after another, in a shuffled order; those of a cluster run together. Float sums inside a tensor-core step are made in float64 and rounded once,
+// A cluster of thread blocks is a set of fibers that take turns; barriers and warp operations are where they give way.
+// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
 // so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
 #include <setjmp.h>
 #include <ucontext.h>
@@ -36,24 +36,29 @@ struct Fiber {  // lives on from block to block; turns are taken by jumps, which
     jmp_buf place;
     std::unique_ptr<u8[]> stack;
     Index3 thread;
-    int block, cluster_phase;
+    int block, warp;  // among those of the cluster
+    int cluster_phase;
     bool done, started;
 };
 struct Warp {
     int arrived = 0, generation = 0, alive = 32;
     u64 exchange[32][16];
 };
+struct Barrier {
+    int arrived = 0, generation = 0;
+};
 struct Block {
     Index3 index;
-    int arrived = 0, generation = 0, alive = 0;
-    int some_arrived[16] = {}, some_generation[16] = {};  // barriers of some of its warps
+    int alive;
+    Barrier all, named[16];
     std::vector<u8> shared;
 };
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
-static std::vector<Block> blocks;  // of the cluster that runs
+static std::vector<Block> blocks;
+static Barrier cluster;
 static jmp_buf scheduler;
-static int current, cluster_arrived, cluster_generation;
+static int current, alive;
 static Index3 grid_size, block_size;
 static std::function<void()> body;
 
@@ -61,16 +66,19 @@ inline void give_way() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 inline Fiber& self() { return fibers[current]; }
-inline Block& my_block() { return blocks[self().block]; }
-inline Warp& my_warp() { return warps[current / 32]; }  // a block's threads are a multiple of 32
+inline Warp& own_warp() { return warps[self().warp]; }
+inline Block& own_block() { return blocks[self().block]; }
+inline void open_if_full(Barrier& barrier, int count) {
+    if (count > 0 && barrier.arrived >= count) { barrier.arrived = 0; ++barrier.generation; }
+}
 
 inline void leave() {
-    Block& block = my_block();
-    Warp& warp = my_warp();
+    Warp& warp = own_warp();
     self().done = true;
-    --block.alive;
+    --alive;
     --warp.alive;
-    if (block.alive > 0 && block.arrived >= block.alive) { block.arrived = 0; ++block.generation; }
+    open_if_full(own_block().all, --own_block().alive);
+    open_if_full(cluster, alive);
     if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
 }
 inline void entry() {
@@ -93,27 +101,23 @@ inline void take_turn(Fiber& fiber) {
     swapcontext(&here, &first);
 }
 
-inline void block_barrier() {
-    Block& block = my_block();
-    int generation = block.generation;
-    if (++block.arrived >= block.alive) { block.arrived = 0; ++block.generation; }
-    while (generation == block.generation) give_way();
-}
-inline void barrier_of(int id, int threads) {
-    Block& block = my_block();
-    int generation = block.some_generation[id];
-    if (++block.some_arrived[id] == threads) { block.some_arrived[id] = 0; ++block.some_generation[id]; }
-    while (generation == block.some_generation[id]) give_way();
+inline void meet(Barrier& barrier, int count) {
+    int generation = barrier.generation;
+    ++barrier.arrived;
+    open_if_full(barrier, count);
+    while (generation == barrier.generation) give_way();
 }
 inline void cluster_arrive() {
-    self().cluster_phase = cluster_generation;
-    if (++cluster_arrived == (int)(blocks.size() * block_size.x)) { cluster_arrived = 0; ++cluster_generation; }
+    self().cluster_phase = cluster.generation;
+    ++cluster.arrived;
+    open_if_full(cluster, alive);
 }
 inline void cluster_wait() {
-    while (self().cluster_phase == cluster_generation) give_way();
+    while (self().cluster_phase == cluster.generation) give_way();
 }
+inline void block_barrier() { meet(own_block().all, own_block().alive); }
 inline void warp_barrier() {
-    Warp& warp = my_warp();
+    Warp& warp = own_warp();
     int generation = warp.generation;
     if (++warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
     while (generation == warp.generation) give_way();
@@ -121,7 +125,7 @@ inline void warp_barrier() {
 
 template <typename T> T exchanged(T value, int from) {
     int lane = self().thread.x % 32;
-    Warp& warp = my_warp();
+    Warp& warp = own_warp();
     memcpy(warp.exchange[lane], &value, sizeof(T));
     warp_barrier();
     T result;
@@ -130,63 +134,77 @@ template <typename T> T exchanged(T value, int from) {
     return result;
 }
 
-inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
-inline u8* aligned(std::vector<u8>& memory) { return (u8*)(((uintptr_t)memory.data() + 15) & ~(uintptr_t)15); }
-
-inline void run_cluster(const std::vector<Index3>& indices, int threads, size_t shared_bytes) {
-    const int total = threads * indices.size();
-    if ((int)fibers.size() < total) fibers.resize(total);
-    warps.assign((total + 31) / 32, Warp());
-    blocks.assign(indices.size(), Block());
-    cluster_arrived = 0;
-    for (size_t b = 0; b < indices.size(); ++b) {
+inline void run_cluster(const Index3* indices, int count, int threads, size_t shared_bytes) {
+    if ((int)fibers.size() < count * threads) fibers.resize(count * threads);
+    const int block_warps = (threads + 31) / 32;
+    warps.assign(count * block_warps, Warp());
+    blocks.assign(count, Block());
+    alive = count * threads;
+    cluster = Barrier();
+    for (int b = 0; b < count; ++b) {
         blocks[b].index = indices[b];
         blocks[b].alive = threads;
         blocks[b].shared.assign(shared_bytes + 2048, 0xcd);
+        for (int i = 0; i < threads; ++i) {
+            Fiber& fiber = fibers[b * threads + i];
+            fiber.thread = {(u32)i, 0, 0};
+            fiber.block = b;
+            fiber.warp = b * block_warps + i / 32;
+            fiber.done = false;
+        }
     }
-    for (int i = 0; i < total; ++i) {
-        fibers[i].thread = {(u32)(i % threads), 0, 0};
-        fibers[i].block = i / threads;
-        fibers[i].done = false;
-    }
-    int left = total;
-    while (left > 0)
-        for (int i = 0; i < total; ++i)
-            if (!fibers[i].done) {
-                current = i;
-                take_turn(fibers[i]);
-                left -= fibers[i].done;
-            }
+    while (alive > 0)
+        for (int i = 0; i < count * threads; ++i)
+            if (!fibers[i].done) { current = i; take_turn(fibers[i]); }
 }
 
-// `cluster` blocks along y run together.
-inline void launch(Index3 grid, int threads, size_t shared_bytes, int cluster, std::function<void()> kernel) {
+inline void launch(Index3 grid, int threads, size_t shared_bytes, int cluster_size, std::function<void()> kernel) {
     body = kernel;
     grid_size = grid;
     block_size = {(u32)threads, 1, 1};
+    if (grid.x % cluster_size) { fprintf(stderr, "a grid of %u in clusters of %d\n", grid.x, cluster_size); abort(); }
     std::vector<std::vector<Index3>> clusters;
     for (u32 z = 0; z < grid.z; ++z)
-        for (u32 y = 0; y < grid.y; y += cluster)
+        for (u32 y = 0; y < grid.y; ++y)
             for (u32 x = 0; x < grid.x; ++x) {
-                clusters.emplace_back();
-                for (u32 i = 0; i < (u32)cluster; ++i) clusters.back().push_back({x, y + i, z});
+                if (x % cluster_size == 0) clusters.emplace_back();
+                clusters.back().push_back({x, y, z});
             }
     std::shuffle(clusters.begin(), clusters.end(), std::mt19937(grid.x + grid.y));
-    for (const auto& indices : clusters) run_cluster(indices, threads, shared_bytes);
+    for (auto& indices : clusters) run_cluster(indices.data(), cluster_size, threads, shared_bytes);
 }
+inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
+inline u8* aligned_shared(Block& block) { return align1024(block.shared.data()); }  // offsets agree in a cluster
 }  // namespace emulator
+using emulator::align1024;
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #define SHARED static
-#define DYNAMIC_SHARED(name) u8* name = emulator::aligned(emulator::my_block().shared)
+#define DYNAMIC_SHARED(name) u8* name = emulator::aligned_shared(emulator::own_block())
 #define threadIdx (emulator::self().thread)
-#define blockIdx (emulator::my_block().index)
+#define blockIdx (emulator::own_block().index)
 #define gridDim (emulator::grid_size)
 #define blockDim (emulator::block_size)
 inline void __syncthreads() { emulator::block_barrier(); }
+inline void barrier(int id, int threads) { emulator::meet(emulator::own_block().named[id], threads); }
+inline void cluster_barrier() { emulator::meet(emulator::cluster, emulator::alive); }
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline void store_peer16(float4* mine, int rank, float4 v) {
+    u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
+    *(float4*)(peer + ((u8*)mine - own)) = v;
+}
+inline float2 load_peer8(const void* mine, int rank) {
+    u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
+    return *(const float2*)(peer + ((const u8*)mine - own));
+}
 inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
 inline void __threadfence() {}
 template <typename T> T __ldcg(const T* p) { return *p; }
@@ -245,8 +263,8 @@ template <typename T> T* kept(T* pointer) { return pointer; }
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
-inline void copy16_or_zero_async(void* shared, const void* global, bool exists) {
-    if (exists) memcpy(shared, global, 16);
+inline void copy16_or_zero(void* shared, const void* global, bool copies) {
+    if (copies) memcpy(shared, global, 16);
     else memset(shared, 0, 16);
 }
 inline void commit_copies() {}
@@ -255,19 +273,11 @@ inline void prefetch_l2(const void* p, int bytes) {  // reads its first and last
     volatile u8 seen = ((const u8*)p)[0];
     seen = ((const u8*)p)[bytes - 1];
 }
-inline void warps_barrier(int id, int threads) { emulator::barrier_of(id, threads); }
-inline void cluster_arrive() { emulator::cluster_arrive(); }
-inline void cluster_wait() { emulator::cluster_wait(); }
-inline void store_in_cluster(float4* shared, int rank, float4 v) {  // same layout in every block of the cluster
-    u8* there = emulator::align1024(emulator::aligned(emulator::blocks[rank].shared));
-    u8* here = emulator::align1024(emulator::aligned(emulator::my_block().shared));
-    *(float4*)(there + ((u8*)shared - here)) = v;
-}
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
 inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::Warp& warp = emulator::my_warp();
+    emulator::Warp& warp = emulator::own_warp();
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(warp.exchange[lane], mine, sizeof mine);
@@ -300,6 +310,18 @@ inline uint4 load_matrices(const void* row) {
     return {v[0], v[1], v[2], v[3]};
 }
 
+inline uint4 load_matrices_transposed(const void* row) {
+    u64 address = (u64)row;
+    int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    u32 v[4];
+    for (int i = 0; i < 4; ++i) {
+        const u16* rows[2];
+        for (int j = 0; j < 2; ++j) rows[j] = (const u16*)emulator::exchanged(address, 8 * i + 2 * q + j);
+        v[i] = rows[0][g] | ((u32)rows[1][g] << 16);
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
+
 typedef const u8* SharedAddress;
 inline SharedAddress shared_address(const void* p) { return (const u8*)p; }
 inline u32 load_shared4(SharedAddress p) { u32 v; memcpy(&v, p, 4); return v; }
@@ -307,7 +329,6 @@ typedef const u8* Operand;
 inline Operand operand_at(const u8* tile) { return tile; }
 inline Operand operand_after(Operand tile, int bytes) { return tile + bytes; }
 inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
-using emulator::align1024;
 inline void publish_to_tensor_cores() {}
 inline void products_begin() {}
 inline void products_commit() {}

@@ -25,8 +25,8 @@ void call(void (*kernel)(A...), void** args, std::index_sequence<I...>) { kernel
 template <typename... A> void invoke(void (*kernel)(A...), void** args) {
     call(kernel, args, std::index_sequence_for<A...>());
 }
-extern "C" void emulate(u32 x, u32 y, u32 z, int threads, size_t shared_bytes, int cluster, void** args) {
-    emulator::launch({x, y, z}, threads, shared_bytes, cluster, [=] { invoke(KERNEL, args); });
+extern "C" void emulate(u32 x, u32 y, u32 z, int threads, size_t shared_bytes, void** args) {
+    emulator::launch({x, y, z}, threads, shared_bytes, CLUSTER, [=] { invoke(KERNEL, args); });
 }
 """
 
@@ -38,17 +38,12 @@ class EmulatedKernel:
         self.library = library
 
     def __call__(
-        self,
-        grid: Sequence[int],
-        block: int,
-        args: Sequence[Tensor | int | float | None],
-        shared_bytes: int = 0,
-        cluster: int = 1,
+        self, grid: Sequence[int], block: int, args: Sequence[Tensor | int | float | None], shared_bytes: int = 0
     ) -> None:
         assert all(arg.is_contiguous() for arg in args if isinstance(arg, torch.Tensor))
         values = [nvrtc._as_c(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        self.library.emulate(*grid, *[1] * (3 - len(grid)), block, ctypes.c_size_t(shared_bytes), cluster, pointers)
+        self.library.emulate(*grid, *[1] * (3 - len(grid)), block, ctypes.c_size_t(shared_bytes), pointers)
 
 
 @cache

@@ -68,34 +68,19 @@ class Kernel:
     overlaps: bool  # may start while the kernel before it ends; it then waits by itself for that one's results
 
     def __call__(
-        self,
-        grid: Sequence[int],
-        block: int,
-        args: Sequence[Tensor | int | float | None],
-        shared_bytes: int = 0,
-        cluster: int = 1,
+        self, grid: Sequence[int], block: int, args: Sequence[Tensor | int | float | None], shared_bytes: int = 0
     ) -> None:
-        """Launch on torch's current stream. Tensors go as pointers, None as the null pointer, int and float 32 bit.
-
-        `cluster` thread blocks along the grid's second axis see each other's shared memory (compute capability 9.0).
-        """
+        """Launch on torch's current stream. Tensors go as pointers, None as the null pointer, int and float 32 bit."""
         values = [_as_c(arg) for arg in args]
         pointers = (ctypes.c_void_p * len(values))(*(ctypes.addressof(value) for value in values))
-        attributes = (_Attribute * 2)()
-        num_attributes = 0
-        if self.overlaps:
-            attributes[0] = _Attribute(PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_uint * 16)(1))
-            num_attributes = 1
-        if cluster > 1:
-            attributes[num_attributes] = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(1, cluster, 1))
-            num_attributes += 1
+        attribute = _Attribute(PROGRAMMATIC_SERIALIZATION, 0, (ctypes.c_uint * 16)(1))
         config = _LaunchConfig(
             (ctypes.c_uint * 3)(*grid, *[1] * (3 - len(grid))),
             (ctypes.c_uint * 3)(block, 1, 1),
             shared_bytes,
             torch.cuda.current_stream().cuda_stream,
-            attributes,
-            num_attributes,
+            ctypes.pointer(attribute),
+            int(self.overlaps),
         )
         _check(_driver().cuLaunchKernelEx(ctypes.byref(config), self.function, pointers, None), f"launch {self.name}")
 
@@ -111,6 +96,15 @@ class Kernel:
         )
         _check(result, f"ask for the occupancy of {self.name}")
         return found | {"blocks_per_multiprocessor": value.value}
+
+    def clusters(self, grid: Sequence[int], block: int, shared_bytes: int, size: int) -> int:
+        """Return how many clusters of `size` thread blocks can be on the device at a time."""
+        attribute, count = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(size, 1, 1)), ctypes.c_int()
+        sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1)
+        config = _LaunchConfig(*sizes, shared_bytes, None, ctypes.pointer(attribute), 1)
+        result = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(config))
+        _check(result, f"ask for the clusters of {self.name}")
+        return count.value
 
 
 def _as_c(arg: Tensor | int | float | None) -> ctypes._SimpleCData:

@@ -85,7 +85,8 @@ class LinearConfig:
         return max(self.x_blocks, self.depth)
 
     def grid(self, n: int) -> tuple[int, int]:
-        return math.ceil(n / self.block_rows), self.parts
+        blocks = math.ceil(n / self.block_rows)
+        return (self.cluster, blocks) if self.wgmma else (blocks, self.parts)
 
     def shared_bytes(self, k: int) -> int:
         """Dynamic shared memory for `k` input features."""
@@ -208,8 +209,7 @@ def run_linear(
     epilogue = _epilogue(weight, residual, out)
     arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
     arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
-    shared_bytes = config.shared_bytes(weight.k)
-    kernel(config.grid(weight.n), config.threads, arguments, shared_bytes, cluster=config.cluster)
+    kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
     return out
 
 

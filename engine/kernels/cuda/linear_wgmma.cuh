@@ -42,8 +42,8 @@ __device__ __forceinline__ void add_slice(float (&sums)[TOKEN_TILES][4], float4*
     }
 }
 
-// Grid: (row blocks, CLUSTER) in clusters of (1, CLUSTER); arguments as in linear.cuh, but for workspace and counters.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
+// Grid: (CLUSTER, row blocks) in clusters of (CLUSTER, 1); arguments as in linear.cuh, but for workspace and counters.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
     float4*, u32*, int tokens, int n, int k, int epilogue) {
     DYNAMIC_SHARED(all_shared);
@@ -52,8 +52,8 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     float4* exchange = waiting + LEVELS * TOKEN_TILES * THREADS;
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const int row_warp = warp % ROW_WARPS, slice_warp = warp / ROW_WARPS;
-    const int group = blockIdx.y * SLICE_WARPS + slice_warp, first_slice = group * OWN_SLICES;
-    const int blocks = k / 64, row_tiles = n / 16, block_tile = blockIdx.x * ROW_WARPS;
+    const int group = blockIdx.x * SLICE_WARPS + slice_warp, first_slice = group * OWN_SLICES;
+    const int blocks = k / 64, row_tiles = n / 16, block_tile = blockIdx.y * ROW_WARPS;
     const int per_slice = ((blocks + SLICES - 1) / SLICES + ROUND - 1) / ROUND * ROUND;
     const int rounds = OWN_SLICES * per_slice / ROUND;
     if (CLUSTER > 1) cluster_arrive();
@@ -81,7 +81,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
 #pragma unroll
     for (int d = 0; d < DEPTH - 1; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
     if (PREFETCH && TILE_STEP && threadIdx.x < ROW_WARPS && block_tile + threadIdx.x < row_tiles) {
-        const int share = (blocks + CLUSTER - 1) / CLUSTER, from = blockIdx.y * share, count = min(share, blocks - from);
+        const int share = (blocks + CLUSTER - 1) / CLUSTER, from = blockIdx.x * share, count = min(share, blocks - from);
         const long long tile = (long long)(block_tile + threadIdx.x) * blocks + from;
         if (count > 0) {
             prefetch_l2((const u8*)weights + tile * TILE_BYTES, count * TILE_BYTES);
@@ -104,7 +104,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
             const int block = (stage_block + ahead_of) * SLICES + stage_slice;
             const bool exists = token < tokens && block < blocks && stage_slice < first_slice + OWN_SLICES;
             if ((X_BLOCKS * PIECES) % STEP == 0 || i < X_BLOCKS * PIECES)
-                copy16_or_zero_async(
+                copy16_or_zero(
                     buffer + ahead_of * OPERAND_BYTES + operand_offset(token, piece),
                     x + (exists ? (long long)token * k + block * 64 + piece * 8 : 0), exists && !(ABLATE & NO_TOKENS));
         }
@@ -153,7 +153,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
             if (d % X_BLOCKS == 0) {
                 wait_copies<1>();
                 publish_to_tensor_cores();
-                warps_barrier(1 + slice_warp, 32 * ROW_WARPS);
+                barrier(1 + slice_warp, 32 * ROW_WARPS);
                 stage_tokens();  // into the buffer that all have finished with
             }
             const Operand operand = operand_at(ring + buffer * BUFFER_BYTES + d % X_BLOCKS * OPERAND_BYTES);
@@ -184,7 +184,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     float4* slot = exchange + (group * OWN_TILES + row_warp % OWN_TILES) * SUMS + lane;
 #pragma unroll
     for (int t = 0; t < TOKEN_TILES; ++t)
-        store_in_cluster(slot + t * 32, owner, make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
+        store_peer16(slot + t * 32, owner, make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
     if (CLUSTER > 1) {
         cluster_arrive();
         cluster_wait();
@@ -199,7 +199,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
         for (int step = 1; step < GROUPS; step *= 2)
 #pragma unroll
             for (int i = 0; i < GROUPS; i += 2 * step) part[i] = add4(part[i], part[i + step]);
-        const int tile = block_tile + blockIdx.y * OWN_TILES + item / TOKEN_TILES;
+        const int tile = block_tile + blockIdx.x * OWN_TILES + item / TOKEN_TILES;
         if (tile >= row_tiles) continue;
         const int row = tile * 16 + 2 * (lane >> 2), token = item % TOKEN_TILES * 8 + 2 * (lane & 3);
         float2 by = make_float2(1.0f, 1.0f);

@@ -115,13 +115,13 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 #endif
 }
 
-// 16 bytes, or zeros in their place.
-__device__ __forceinline__ void copy16_or_zero_async(void* shared, const void* global, bool exists) {
+// Copy, or write zeros without reading.
+__device__ __forceinline__ void copy16_or_zero(void* shared, const void* global, bool copies) {
 #if __CUDA_ARCH__ >= 800
-    u32 target = (u32)__cvta_generic_to_shared(shared);
-    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(exists ? 16 : 0) : "memory");
+    u32 target = (u32)__cvta_generic_to_shared(shared), bytes = copies ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
 #else
-    *(uint4*)shared = exists ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
+    *(uint4*)shared = copies ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
 #endif
 }
 
@@ -163,6 +163,49 @@ __device__ __forceinline__ uint4 load_matrices(const void* row) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
     return v;
 }
+
+// The same with rows and columns exchanged: a lane gets rows 2q and 2q + 1 of column g of each.
+__device__ __forceinline__ uint4 load_matrices_transposed(const void* row) {
+    uint4 v;
+    u32 source = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
+    return v;
+}
+
+// ---- threads of a block, thread blocks of a cluster ----
+
+// Wait until `threads` threads (whole warps) have come here under the same id, 1 to 15.
+__device__ __forceinline__ void barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same in two steps, between which there is time for something else.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Write to thread block `rank` of the cluster, where this one has `mine`.
+__device__ __forceinline__ void store_peer16(float4* mine, int rank, float4 v) {
+    u32 address = (u32)__cvta_generic_to_shared(mine), peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(peer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
+// Read what thread block `rank` of the cluster has where this one has `mine` in its shared memory.
+__device__ __forceinline__ float2 load_peer8(const void* mine, int rank) {
+    u32 address = (u32)__cvta_generic_to_shared(mine), peer;
+    float2 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(peer) : "memory");
+    return v;
+}
+#endif
 
 // ---- tensor cores ----
 
@@ -271,26 +314,6 @@ __device__ __forceinline__ void multiply64(
             : SUMS16(c, 0), SUMS16(c, 4) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "l"(operand), "r"(keep));
 }
 #endif
-
-// ---- clusters: thread blocks that see each other's shared memory (compute capability 9.0) ----
-
-#if __CUDA_ARCH__ >= 900
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
-
-// Write to the place in thread block `rank` of the cluster that `shared` is in this one.
-__device__ __forceinline__ void store_in_cluster(float4* shared, int rank, float4 v) {
-    u32 address;
-    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(address) : "r"((u32)__cvta_generic_to_shared(shared)), "r"(rank));
-    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
-                 ::"r"(address), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
-}
-#endif
-
-// A barrier of some warps of a thread block: `id` from 1 to 15, `threads` take part.
-__device__ __forceinline__ void warps_barrier(int id, int threads) {
-    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
-}
 
 // ---- the kernel before and the kernel after (programmatic dependent launch; no effect where it is not asked for) ----
 
