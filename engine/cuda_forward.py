@@ -14,7 +14,7 @@ from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
-from engine.kernels.small_batch_linear import LoadKernel
+from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 from engine.kernels.tree_attention import tree_attention
 
 __all__ = ["CHUNKS", "Forward"]
@@ -85,10 +85,9 @@ class Forward:
         ancestor_at: Tensor,
     ) -> None:
         memory, linear = self._memory, self._linear
-        x, normed, attended = memory.x[:rows], memory.normed[:rows], memory.attended[:rows]
+        x, attended = memory.x[:rows], memory.attended[:rows]
         for index, layer in enumerate(self._weights.layers):
-            self._norm(x, layer.attention_norm, normed)
-            scratch = place(index, linear(normed, layer.qkv, out=memory.qkv[:rows]))
+            scratch = place(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
             tree_attention(
                 memory.query[:rows],
                 memory.cache_keys[index],
@@ -104,8 +103,16 @@ class Forward:
                 load=self._load,
             )
             linear(attended.flatten(1), layer.attention_output, residual=x, out=x)
-            self._norm(x, layer.mlp_norm, normed)
-            linear(linear(normed, layer.gate_up, out=memory.inner[:rows]), layer.down, residual=x, out=x)
+            inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows])
+            linear(inner, layer.down, residual=x, out=x)
+
+    def _normed(self, x: Tensor, norm: Tensor, matrix: PackedLinear, out: Tensor) -> Tensor:
+        """Norm and matrix, in one launch where the matrix's own can do both: the bits are the same."""
+        if self._linear.normalizes(matrix, len(x)):
+            return self._linear(x, matrix, norm=norm, eps=self._eps, out=out)
+        normed = self._memory.normed[: len(x)]
+        self._norm(x, norm, normed)
+        return self._linear(normed, matrix, out=out)
 
     def _norm(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         fused_ops.rms_norm(x, weight, self._eps, out=out, load=self._load)
