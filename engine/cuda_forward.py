@@ -14,7 +14,7 @@ from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
-from engine.kernels.small_batch_linear import LoadKernel
+from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 from engine.kernels.tree_attention import tree_attention
 
 __all__ = ["CHUNKS", "Forward"]
@@ -73,13 +73,20 @@ class Forward:
 
     def _layers(self, rows: int, attend: Callable[[int, Tensor], None]) -> None:
         memory, linear = self._memory, self._linear
-        x, normed, attended = memory.x[:rows], memory.normed[:rows], memory.attended[:rows].flatten(1)
+        x, attended = memory.x[:rows], memory.attended[:rows].flatten(1)
         for index, layer in enumerate(self._weights.layers):
-            self._norm(x, layer.attention_norm, normed)
-            attend(index, linear(normed, layer.qkv, out=memory.qkv[:rows]))
+            attend(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
             linear(attended, layer.attention_output, residual=x, out=x)
-            self._norm(x, layer.mlp_norm, normed)
-            linear(linear(normed, layer.gate_up, out=memory.inner[:rows]), layer.down, residual=x, out=x)
+            inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows])
+            linear(inner, layer.down, residual=x, out=x)
+
+    def _normed(self, x: Tensor, norm: Tensor, matrix: PackedLinear, out: Tensor) -> Tensor:
+        """Norm and matrix, in one launch where the matrix's own can do both: the bits are the same."""
+        if self._linear.normalizes(matrix, len(x)):
+            return self._linear(x, matrix, norm=norm, eps=self._eps, out=out)
+        normed = self._memory.normed[: len(x)]
+        self._norm(x, norm, normed)
+        return self._linear(normed, matrix, out=out)
 
     def _attend(
         self,

@@ -39,10 +39,32 @@ class LinearBank:
         for matrix in matrices:
             self._config(matrix, rows)
 
-    def __call__(self, x: Tensor, weight: PackedLinear, *, out: Tensor, residual: Tensor | None = None) -> Tensor:
-        """Compute into `out`; see `run_linear`."""
-        config = self._config(weight, x.shape[0])
-        return run_linear(x, weight, config, self._workspace, residual=residual, out=out, load=self._load)
+    def __call__(
+        self,
+        x: Tensor,
+        weight: PackedLinear,
+        *,
+        out: Tensor,
+        residual: Tensor | None = None,
+        norm: Tensor | None = None,
+        eps: float = 0.0,
+    ) -> Tensor:
+        """Compute into `out`; see `run_linear`. `norm` is for matrices and rows that `normalizes` says yes to."""
+        return run_linear(
+            x,
+            weight,
+            self._config(weight, x.shape[0]),
+            self._workspace,
+            residual=residual,
+            norm=norm,
+            eps=eps,
+            out=out,
+            load=self._load,
+        )
+
+    def normalizes(self, weight: PackedLinear, rows: int) -> bool:
+        """Say whether this matrix's launch for so many rows can normalise them itself."""
+        return self._config(weight, rows).can_normalize(weight.k)
 
     @property
     def num_bytes(self) -> int:

@@ -110,6 +110,51 @@ def test_hopper_linear_is_close_to_float64_and_the_same_for_every_cut(machine, d
     assert int(workspace.counters.abs().max()) == 0
 
 
+# (row_tiles, row_warps, slice_warps, row_loop)
+RESIDENT_CUTS = [(1, 1, 8, 1), (2, 2, 4, 1), (1, 2, 2, 2), (1, 3, 1, 3), (2, 1, 8, 2)]
+
+
+def resident(decode, tokens, cut):
+    *shape, row_loop = cut
+    return LinearConfig(decode, small.token_tiles_for(tokens), *shape, depth=0, row_loop=row_loop, resident=1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "dtype"),
+    [("nf4", torch.bfloat16), ("int8", torch.bfloat16), ("int8", torch.float16), ("dense", torch.float16)],
+)
+@pytest.mark.parametrize(("n", "k", "tokens"), [(16, 64, 1), (112, 576, 13), (48, 704, 33)])
+def test_resident_linear_has_the_bits_of_the_other(machine, dtype, kind, n, k, tokens):
+    device, load = machine
+    weight, values, decodes = packed(kind, n, k, dtype, device)
+    x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
+    residual = random(tokens, n, dtype=dtype, device=device, seed=4)
+    want = LinearConfig(decodes[0], small.token_tiles_for(tokens), 1, 1, 8, 1)
+    plain = run_linear(x, weight, want, workspace, load=load)
+    added = run_linear(x, weight, want, workspace, residual=residual, load=load)
+    assert error(plain, reference.linear(x, values)) < TOLERANCE[dtype]
+    for config in (resident(decode, tokens, cut) for decode in decodes for cut in RESIDENT_CUTS):
+        out = torch.full((tokens, n), torch.nan, dtype=dtype, device=device)
+        assert torch.equal(run_linear(x, weight, config, workspace, out=out, load=load), plain), str(config)
+        out.copy_(residual)
+        assert torch.equal(run_linear(x, weight, config, workspace, residual=out, out=out, load=load), added)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("kind", "k", "tokens"), [("int8", 576, 1), ("nf4", 64, 7), ("int8", 2048, 17)])
+def test_a_linear_normalises_to_the_bits_of_the_norm(machine, dtype, kind, k, tokens):
+    device, load = machine
+    weight, _, decodes = packed(kind, 48, k, dtype, device)
+    x, norm = (random(*size, dtype=dtype, device=device, seed=s) for s, size in ((0, (tokens, k)), (1, (k,))))
+    workspace = Workspace(device)
+    for cut in RESIDENT_CUTS[:3]:
+        config = resident(decodes[-1], tokens, cut)
+        assert config.can_normalize(k)
+        apart = run_linear(fused_ops.rms_norm(x, norm, 1e-5, load=load), weight, config, workspace, load=load)
+        together = run_linear(x, weight, config, workspace, norm=norm, eps=1e-5, load=load)
+        assert torch.equal(together, apart)
+
+
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
 def test_a_row_does_not_depend_on_the_rows_beside_it(machine, kind):
     device, load = machine
@@ -122,7 +167,8 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(machine, kind):
     alone = torch.cat(run)
     for tokens in (2, 8, 9, 31, 64):
         config = LinearConfig(decodes[0], small.token_tiles_for(tokens), 2, 1, 4, 1)
-        assert torch.equal(run_linear(x[:tokens], weight, config, workspace, load=load), alone[:tokens])
+        for tried in (config, resident(decodes[0], tokens, (1, 1, 8, 1))):
+            assert torch.equal(run_linear(x[:tokens], weight, tried, workspace, load=load), alone[:tokens])
 
 
 def test_garbage_in_one_row_stays_there(machine):
@@ -151,6 +197,10 @@ def test_linear_epilogues(machine, dtype):
     assert error(out, want + residual.double()) < TOLERANCE[dtype]
     logits = torch.empty(9, 96, dtype=torch.float32, device=device)
     assert error(run_linear(x, weight, config, workspace, out=logits, load=load), want) < TOLERANCE[dtype] / 1.5
+    gated, other = pack_nf4([gate, up], dtype, gate_up=True), resident(Decode.NF4_PERMUTE, 9, (1, 2, 4, 1))
+    one, two = (run_linear(x, gated, tried, workspace, load=load) for tried in (config, other))
+    assert torch.equal(one, two)
+    assert torch.equal(run_linear(x, weight, other, workspace, out=torch.empty_like(logits), load=load), logits)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

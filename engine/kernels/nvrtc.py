@@ -31,6 +31,7 @@ __all__ = [
     "compile_source",
     "is_available",
     "load_kernel",
+    "multiprocessors",
     "shared_memory_limit",
 ]
 
@@ -149,6 +150,12 @@ def shared_memory_limit() -> int:
     if not torch.cuda.is_available():
         return 227 * 1024
     return torch.cuda.get_device_properties().shared_memory_per_block_optin
+
+
+@cache
+def multiprocessors() -> int:
+    """How many multiprocessors the GPU has; without one, an H100's."""
+    return torch.cuda.get_device_properties().multi_processor_count if torch.cuda.is_available() else 132
 
 
 def compile_source(source: str, defines: Defines, architecture: int) -> bytes:

@@ -13,10 +13,14 @@ from torch import Tensor
 
 from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 
-__all__ = ["MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear"]
+__all__ = [
+    "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear",
+]  # fmt: skip
 
 MAX_TOKENS = 64
 TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
+MAX_RESIDENT = 4096  # input features whose values a thread block may hold at once
+MAX_NORM_WIDTH = 2048  # input features that the kernel can normalise on their way
 SLICES = 8  # of K, in the kernel's fixed summation order
 PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32 = 0, 1, 2, 3
 LoadKernel = Callable[..., Kernel]
@@ -33,10 +37,12 @@ class LinearConfig:
     """How the work is cut: but for `wgmma`, none of it changes a result's bits.
 
     A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight. With
+    `resident` (for few input features) all weights of a warp, which takes 8 / `slice_warps` slices, are in flight and
+    `depth` is 0; a thread block goes through `row_loop` row blocks, and the values may be normalised on their way. With
     `wgmma` (compute capability 9.0 alone), four row warps multiply together, a warp takes a run of slices, `cluster`
-    thread blocks share rows, and tokens are copied by `x_blocks` blocks of 64 k, and a `wide_table` of NF4 pairs takes fewer instructions and twice the
-    shared memory. `prefetch` asks for all weights of a
-    thread block ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
+    thread blocks share rows, tokens are copied by `x_blocks` blocks of 64 k, and a `wide_table` of NF4 pairs takes
+    fewer instructions and twice the shared memory. `prefetch` asks for all weights of a thread block ahead. `ablate`
+    leaves a stage out (cuda/linear_parts.cuh), for measurements only.
     """
 
     decode: int
@@ -52,9 +58,13 @@ class LinearConfig:
     x_blocks: int = 0
     wide_table: int = 0
     ablate: int = 0
+    resident: int = 0
+    row_loop: int = 1
 
     def __post_init__(self) -> None:
-        if self.wgmma:
+        if self.resident:
+            assert self.depth == self.x_blocks == self.wgmma == 0, str(self)
+        elif self.wgmma:
             assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.row_warps % self.cluster == 0, str(self)
             assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 8, str(self)
             assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
@@ -73,7 +83,7 @@ class LinearConfig:
     @property
     def parts(self) -> int:
         """Thread blocks that share a row."""
-        return self.cluster if self.wgmma else SLICES // self.slice_warps
+        return self.cluster if self.wgmma else 1 if self.resident else SLICES // self.slice_warps
 
     @property
     def _has_wide_table(self) -> bool:
@@ -90,6 +100,9 @@ class LinearConfig:
 
     def shared_bytes(self, k: int) -> int:
         """Dynamic shared memory for `k` input features."""
+        if self.resident:
+            exchange = self.slice_warps * self.block_rows // 16 * self.token_tiles * 512 if self.slice_warps > 1 else 0
+            return 8 * self.token_tiles * (2 * k + 16) + min(self.row_loop, 2) * exchange
         if self.wgmma:
             groups = self.slice_warps * self.cluster
             tokens = 3 * self.slice_warps * self.x_blocks * self.token_tiles * 1024
@@ -102,18 +115,47 @@ class LinearConfig:
         return max(min(math.ceil(blocks / self.depth), 2) * stage, exchange)
 
     def fits(self, k: int, limit: int) -> bool:
-        """Say whether a multiprocessor's shared memory holds it, with the table."""
+        """Say whether a multiprocessor's shared memory holds it, with the table, and its registers the weights."""
         table = TABLE_BYTES if self.decode == Decode.NF4_TABLE and not self._has_wide_table else 0
+        registers = min(255, 65536 // (self.threads * self.min_blocks))
+        if self.resident and self._registers(k) > registers:
+            return False
         return self.threads <= 1024 and self.min_blocks * (self.shared_bytes(k) + table + 1040) <= limit
+
+    def can_normalize(self, k: int) -> bool:
+        """Say whether the kernel can normalise its input itself."""
+        return bool(self.resident) and k <= MAX_NORM_WIDTH
+
+    def _registers(self, k: int) -> int:
+        """Estimate a thread's registers: the weights of all its blocks, then the norm or sums and operands."""
+        group = SLICES // self.slice_warps
+        blocks = k // 64 // SLICES * group + min(k // 64 % SLICES, group)
+        loads = (5, 5, 8, 16)[self.decode]
+        weights = self.row_tiles * blocks * loads
+        sums = 4 * self.row_tiles * self.token_tiles * (group + (self.decode < Decode.INT8))
+        products = 16 * self.row_tiles + sums + 8 * min(4, self.token_tiles) + 28
+        norm = math.ceil(k / 256) * 8 + 32 if self.can_normalize(k) else 0
+        return weights + max(products, norm)
 
     def defines(self, dtype: torch.dtype) -> tuple[tuple[str, int], ...]:
         """Return what the source is compiled with."""
-        left_out = ("wgmma",) if self.wgmma else ("wgmma", "cluster", "x_blocks", "wide_table")
+        left_out = {"wgmma", "resident"}
+        if self.resident:
+            left_out |= {"depth", "prefetch", "cluster", "x_blocks", "wide_table"}
+        else:
+            left_out |= {"row_loop"} if self.wgmma else {"row_loop", "cluster", "x_blocks", "wide_table"}
         named = {name: value for name, value in self.to_dict().items() if name not in left_out}
+        if "row_loop" in named:
+            named["row_loop"] = min(self.row_loop, 2)  # the source asks only whether there is a loop
         return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
 
-    def kernel(self, k: int, dtype: torch.dtype) -> tuple[str, str, tuple[tuple[str, int], ...], int]:
-        """Return what `load_kernel` is asked for."""
+    def kernel(
+        self, k: int, dtype: torch.dtype, *, norm: bool = False
+    ) -> tuple[str, str, tuple[tuple[str, int], ...], int]:
+        """Return what `load_kernel` is asked for; with `norm`, the kernel normalises its input."""
+        if self.resident:
+            defines = (*self.defines(dtype), ("BLOCKS", k // 64), ("NORM", int(norm)))
+            return "linear_resident.cuh", "linear_resident", defines, self.shared_bytes(k)
         name = "linear_wgmma" if self.wgmma else "linear"
         return f"{name}.cuh", name, self.defines(dtype), self.shared_bytes(k)
 
@@ -167,7 +209,12 @@ class Workspace:
 
 def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
     """Pick a configuration that suits a large GPU and fits this one; `tune_nf4` replaces it by a measured one."""
-    tiles = token_tiles_for(tokens)
+    tiles, limit = token_tiles_for(tokens), shared_memory_limit()
+    resident = [LinearConfig(decode, tiles, *cut, resident=1) for cut in ((1, 1, 8, 0, 2), (1, 1, 8, 0, 1))]
+    if k <= MAX_RESIDENT and n <= 8192:
+        for config in resident:
+            if config.fits(k, limit):
+                return config
     if tiles == 1:
         cuts = [(1, 1, 8, 4, 2), (1, 1, 8, 2, 1)]
     elif n <= 2048:
@@ -175,7 +222,6 @@ def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
     else:
         cuts = [(2, 4, 2, 4 if tiles < 8 else 2, 1)]
     built = [LinearConfig(decode, tiles, *cut) for cut in (*cuts, (1, 4, 1, 2, 1))]
-    limit = shared_memory_limit()
     permute = Decode.NF4_PERMUTE if decode == Decode.NF4_TABLE else decode  # needs no table in shared memory
     return next((config for config in built if config.fits(k, limit)), replace(built[-1], decode=permute))
 
@@ -193,22 +239,29 @@ def run_linear(
     workspace: Workspace,
     *,
     residual: Tensor | None = None,
+    norm: Tensor | None = None,
+    eps: float = 0.0,
     out: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> Tensor:
     """Compute x W^T (+ residual), or silu(gate) * up: x [tokens, K] of 1 to 64 tokens -> [tokens, N] (or N / 2).
 
     `residual` and `out` are contiguous and may be the same tensor; a float32 `out` gets unrounded sums (for logits).
+    With `norm` [K], x is normalised first, to the bits of `fused_ops.rms_norm`, if the configuration can.
     """
     tokens, width = x.shape[0], weight.n // 2 if weight.gate_up else weight.n
     assert x.is_contiguous() and x.dtype == weight.dtype and x.shape[1] == weight.k, "x: contiguous, the weight's type"
     assert tokens <= 8 * config.token_tiles, f"{tokens} tokens in a launch built for {8 * config.token_tiles}"
     out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
-    workspace.reserve(config.workspace_floats(weight.n))
-    kernel = load(*config.kernel(weight.k, x.dtype))
+    assert norm is None or config.can_normalize(weight.k), f"{config} cannot normalise {weight.k} features"
+    kernel = load(*config.kernel(weight.k, x.dtype, norm=norm is not None))
     epilogue = _epilogue(weight, residual, out)
-    arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual, out]
-    arguments += [workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
+    arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual]
+    if config.resident:
+        arguments += [norm, out, tokens, weight.n, epilogue, eps]
+    else:
+        workspace.reserve(config.workspace_floats(weight.n))
+        arguments += [out, workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
     kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
     return out
 

@@ -4,6 +4,7 @@ Every candidate gives the same bits, so a choice made on one machine, or made an
 """
 
 import json
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cache
@@ -13,8 +14,9 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from engine.kernels.nvrtc import cache_folder, shared_memory_limit
+from engine.kernels.nvrtc import cache_folder, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import (
+    MAX_RESIDENT,
     Decode,
     LinearConfig,
     PackedLinear,
@@ -47,14 +49,42 @@ CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
     ],
 }
 
+# (row_tiles, row_warps, slice_warps, min_blocks) of the resident kernel, by token tiles
+RESIDENT_CUTS: dict[int, list[tuple[int, int, int, int]]] = {
+    1: [(1, 1, 8, 2), (1, 2, 8, 1), (2, 1, 8, 2), (1, 2, 4, 2), (1, 4, 2, 2), (1, 4, 1, 3)],
+    2: [(1, 1, 8, 2), (1, 2, 8, 1), (2, 1, 8, 2), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 2), (1, 4, 1, 2)],
+    4: [(1, 1, 8, 2), (1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 1)],
+    8: [(1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 1), (1, 4, 2, 1)],
+}
+SMALL = 4 << 20  # values of a matrix that is read in no time: how soon the kernel comes to its end decides
+LARGE_N = 8192  # rows from which thread blocks go through several row blocks
+
 
 def candidates(decode: int, tokens: int, n: int, k: int) -> list[LinearConfig]:
     """List the configurations worth trying for a matrix; NF4 in both ways of decoding."""
-    tiles = token_tiles_for(tokens)
+    tiles, limit = token_tiles_for(tokens), shared_memory_limit()
     decodes = [Decode.NF4_TABLE, Decode.NF4_PERMUTE] if decode == Decode.NF4_TABLE else [decode]
-    built = [LinearConfig(way, tiles, *cut) for way in decodes for cut in CUTS[tiles]]
-    limit = shared_memory_limit()
+    built = [config for way in decodes for config in _resident(way, tiles, n, k) if config.fits(k, limit)]
+    if not built or n * k > SMALL:
+        built += [LinearConfig(way, tiles, *cut) for way in decodes for cut in CUTS[tiles]]
     return [config for config in built if config.fits(k, limit) and config.block_rows <= max(16, n)]
+
+
+def _resident(decode: int, tiles: int, n: int, k: int) -> list[LinearConfig]:
+    if k > MAX_RESIDENT:
+        return []
+    found = []
+    for row_tiles, row_warps, slice_warps, min_blocks in RESIDENT_CUTS[tiles]:
+        loops, row_blocks = [1], math.ceil(n / 16 / row_tiles / row_warps)
+        if n >= LARGE_N:
+            loops += [max(2, math.ceil(row_blocks / (waves * min_blocks * multiprocessors()))) for waves in (1, 2)]
+        for loop in dict.fromkeys(loops):
+            found.append(
+                LinearConfig(
+                    decode, tiles, row_tiles, row_warps, slice_warps, 0, min_blocks, row_loop=loop, resident=1
+                )
+            )
+    return found
 
 
 def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5) -> float:
@@ -140,4 +170,4 @@ def _save(table: dict[str, dict[str, int]]) -> None:
 
 def _path() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-    return cache_folder() / f"linear-{name}-v2.json"
+    return cache_folder() / f"linear-{name}-v3.json"

@@ -1,58 +1,44 @@
 // The small steps between the matrices, each one launch over static buffers: norm, rotary positions, argmax, top-k,
 // the walk that accepts a path, and the commit of its rows. All sizes that change while decoding are read from memory.
 
+#include "norm_parts.cuh"
 #include "reductions.cuh"
 #include "rotary.cuh"
-
-#define NORM_THREADS 256
 
 // The step's record, int32: what the host copies after a step.
 enum { LENGTH = 0, OLD_LENGTH = 1, NUM_ACCEPTED = 2, BONUS = 3, PATH = 4, MAX_PATH = 16, PATH_TOKENS = PATH + MAX_PATH };
 
 // out = x / rms(x) * weight, a row a thread block. x [rows, width], width a multiple of 8 and at most 16384.
-extern "C" __global__ void __launch_bounds__(NORM_THREADS) rms_norm(
+extern "C" __global__ void __launch_bounds__(NORM_PLACES) rms_norm(
     const u16* x, const u16* weight, u16* out, int width, float eps) {
-    SHARED float parts[NORM_THREADS / 32];
+    SHARED float parts[NORM_PLACES];
+    const int pieces = width / 8;
+    uint4 factors = make_uint4(0, 0, 0, 0);  // weights are never written, so the first may come early
+    if ((int)threadIdx.x < pieces) factors = ((const uint4*)weight)[threadIdx.x];
     let_next_kernel_start();
     wait_for_previous_kernel();
     const uint4* row = (const uint4*)(x + (long long)blockIdx.x * width);
-    const int pieces = width / 8;
     uint4 kept[8];
     float sum = 0.0f;
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        int piece = threadIdx.x + i * NORM_THREADS;
+        int piece = threadIdx.x + i * NORM_PLACES;
         if (piece >= pieces) break;
         kept[i] = row[piece];
-        const u32 words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
-#pragma unroll
-        for (int j = 0; j < 4; ++j) {
-            float low = to_float((u16)words[j]), high = to_float((u16)(words[j] >> 16));
-            sum = fmaf(low, low, sum);
-            sum = fmaf(high, high, sum);
-        }
+        sum = add_squares(sum, kept[i]);
     }
-#pragma unroll
-    for (int step = 16; step > 0; step /= 2) sum += __shfl_xor_sync(~0u, sum, step);
-    if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = sum;
+    parts[threadIdx.x] = sum;
     __syncthreads();
-    sum = 0.0f;
+    sum = parts[threadIdx.x & 31];
 #pragma unroll
-    for (int i = 0; i < NORM_THREADS / 32; ++i) sum += parts[i];
-    float scale = rsqrtf(sum / width + eps);
+    for (int i = 32; i < NORM_PLACES; i += 32) sum += parts[(threadIdx.x & 31) + i];
+    const float scale = norm_scale(sum, width, eps);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
-        int piece = threadIdx.x + i * NORM_THREADS;
+        int piece = threadIdx.x + i * NORM_PLACES;
         if (piece >= pieces) break;
-        uint4 factors = ((const uint4*)weight)[piece];
-        const u32 words[4] = {kept[i].x, kept[i].y, kept[i].z, kept[i].w};
-        const u32 by[4] = {factors.x, factors.y, factors.z, factors.w};
-        u32 result[4];
-#pragma unroll
-        for (int j = 0; j < 4; ++j)
-            result[j] = pack2(to_float((u16)words[j]) * scale * to_float((u16)by[j]),
-                              to_float((u16)(words[j] >> 16)) * scale * to_float((u16)(by[j] >> 16)));
-        ((uint4*)(out + (long long)blockIdx.x * width))[piece] = make_uint4(result[0], result[1], result[2], result[3]);
+        if (i > 0) factors = ((const uint4*)weight)[piece];
+        ((uint4*)(out + (long long)blockIdx.x * width))[piece] = normalized(kept[i], factors, scale);
     }
 }
 

@@ -1,4 +1,4 @@
-// What both linears (linear.cuh, linear_wgmma.cuh) share: codes into operands, and what happens to the sums.
+// What the linears (linear*.cuh) share: codes into operands, and what happens to the sums.
 //
 // The order in which a result is summed is fixed by K alone: blocks of 64 along K go round-robin to SLICES slices, a
 // slice adds its blocks in order, and the slices are added as a binary tree. How many warps or thread blocks share the
@@ -171,24 +171,32 @@ __device__ __forceinline__ void add_scaled(float (&sum)[4], float2 scale, const 
 
 __device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
 
-// Write rows 2g and 2g + 1 (values low, high) of one token.
+// Where rows `row` and `row + 1` of one token lie in the residual and, but for SWIGLU, in y.
+__device__ __forceinline__ long long pair_at(int token, int row, int n) { return (long long)token * n + row; }
+
+// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair.
 __device__ __forceinline__ void write_pair(
-    u16* y, const u16* residual, int token, int row, int n, int epilogue, float low, float high) {
+    u16* y, u32 before, int token, int row, int n, int epilogue, float low, float high) {
     if (epilogue == SWIGLU) {  // gate and up rows are interleaved
         y[(long long)token * (n / 2) + row / 2] = from_float(silu(low) * high);
         return;
     }
-    long long at = (long long)token * n + row;
+    const long long at = pair_at(token, row, n);
     if (epilogue == FLOAT32) {
         *(float2*)((float*)y + at) = make_float2(low, high);
         return;
     }
     if (epilogue == ADD_RESIDUAL) {
-        u32 before = *(const u32*)(residual + at);
         low += to_float((u16)before);
         high += to_float((u16)(before >> 16));
     }
     *(u32*)(y + at) = pack2(low, high);
+}
+
+__device__ __forceinline__ void write_pair(
+    u16* y, const u16* residual, int token, int row, int n, int epilogue, float low, float high) {
+    const u32 before = epilogue == ADD_RESIDUAL ? *(const u32*)(residual + pair_at(token, row, n)) : 0;
+    write_pair(y, before, token, row, n, epilogue, low, high);
 }
 
 __device__ __forceinline__ float4 add4(float4 a, float4 b) {
