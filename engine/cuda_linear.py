@@ -11,8 +11,8 @@ from engine.kernels.small_batch_linear import (
     PackedLinear,
     Workspace,
     default_config,
+    rows_measured,
     run_linear,
-    token_tiles_for,
 )
 
 __all__ = ["Choose", "LinearBank", "choose_default"]
@@ -72,7 +72,7 @@ class LinearBank:
         return sum(tensor.nbytes for tensor in held)
 
     def _config(self, weight: PackedLinear, rows: int) -> LinearConfig:
-        key = (weight.decode, weight.n, weight.k, token_tiles_for(rows))
+        key = (weight.decode, weight.n, weight.k, rows_measured(rows))
         if key not in self._configs:
             config = self._choose(weight, rows, Workspace(self._device))
             self._reserve(config.workspace_floats(weight.n))

@@ -232,6 +232,11 @@ def token_tiles_for(tokens: int) -> int:
     return 1 << max(0, math.ceil(math.log2(tokens / 8)))
 
 
+def rows_measured(tokens: int) -> int:
+    """Return the number of tokens whose measured launch serves so many: one, or the whole tiles of a launch."""
+    return 1 if tokens == 1 else 8 * token_tiles_for(tokens)
+
+
 def run_linear(
     x: Tensor,
     weight: PackedLinear,
