@@ -17,7 +17,7 @@ from engine.cuda_weights import pack_matrix, require
 from engine.draft import Draft
 from engine.heads import MedusaHead, MedusaHeads, PaperBlock
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
-from engine.kernels.small_batch_linear import PackedLinear
+from engine.kernels.small_batch_linear import PackedLinear, Seen
 from engine.tree import CandidateTree
 
 __all__ = ["CudaDrafter"]
@@ -62,15 +62,12 @@ class CudaDrafter:
         memory, device = runner.memory, runner.device
         self._heads = _pack(heads, shared_output, memory.dtype, device)
         self._token_map = None if heads.token_map is None else heads.token_map.int().to(device).contiguous()
-        self._inputs = torch.zeros(
-            MAX_ROWS * (1 + max(head.num_seen for head in self._heads)) * config.hidden_size,
-            dtype=memory.dtype,
-            device=device,
-        )
+        self._gathered = torch.zeros(0, dtype=memory.dtype, device=device)
+        self._outgrown: list[Tensor] = []  # captured graphs still use them
         width = config.width or config.hidden_size
         self._x = torch.zeros(MAX_ROWS, config.hidden_size, dtype=memory.dtype, device=device)
         self._inner = torch.zeros(MAX_ROWS, width, dtype=memory.dtype, device=device)
-        self._logits = torch.zeros(MAX_ROWS * config.output_size, device=device)
+        self._logits = torch.zeros(0, device=device)
 
     def draft(self, hidden: Tensor, root: int, tree: CandidateTree) -> Draft:
         """Guess from the hidden state [hidden] behind `root`, the token that the backbone chose there."""
@@ -92,37 +89,72 @@ class CudaDrafter:
         """Choose how to run every matrix for the rows of this tree."""
         for turn in plan.rounds:
             self._runner.linear.prepare(self._heads[turn.head].matrices, turn.num_rows)
+            count = turn.num_rows * self._heads[turn.head].output.n
+            if self._logits.numel() < count:
+                self._outgrown.append(self._logits)
+                self._logits = torch.zeros(count, device=self._logits.device)
 
     def memory_bytes(self) -> int:
         """Bytes held by the heads and their work memory."""
         matrices = {id(matrix): matrix.num_bytes for head in self._heads for matrix in head.matrices}
-        buffers = (self._inputs, self._x, self._inner, self._logits)
+        buffers = (self._gathered, self._x, self._inner, self._logits, *self._outgrown)
         return sum(matrices.values()) + sum(buffer.nbytes for buffer in buffers)
 
     def _guess(self, plan: TreePlan, turn: Round) -> None:
         runner, head, rows = self._runner, self._heads[turn.head], turn.num_rows
-        memory, linear, load = runner.memory, runner.linear, runner.load
-        x, inner = self._x[:rows], self._inner[:rows]
-        inputs = self._inputs[: rows * (1 + head.num_seen) * x.shape[1]].view(rows, 1 + head.num_seen, -1)
-        gather_seen(
-            memory.state, runner.embedding, memory.tokens, memory.record, plan.ancestor_at, turn.row_nodes, inputs, x,
-            load=load,
-        )  # fmt: skip
-        seen = inputs.flatten(1)
-        for block in head.blocks:
-            linear(seen, block.up, out=inner)
-            if block.down is None:
-                silu_rows(inner, x, bias=block.bias, residual=x, load=load)
-            else:
-                silu_rows(inner, inner, load=load)
-                linear(inner, block.down, residual=x, out=x)
-            seen = x
+        memory, linear = runner.memory, runner.linear
+        first, *others = head.blocks
+        x = self._first_block(first, plan, turn)
+        for block in others:
+            x = self._block(block, x, x)
         logits = self._logits[: rows * head.output.n].view(rows, -1)
         linear(x, head.output, out=logits)
         draft_tokens(
             logits, self._token_map, plan.row_of, plan.rank, memory.tokens, memory.chances,
-            guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, load=load,
+            guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, load=runner.load,
         )  # fmt: skip
+
+    def _first_block(self, block: _Block, plan: TreePlan, turn: Round) -> Tensor:
+        """Apply a head's first block to the hidden state and the tokens on the way to each row's node."""
+        runner, rows, num_seen = self._runner, turn.num_rows, self._heads[turn.head].num_seen
+        memory, linear = runner.memory, runner.linear
+        tables = memory.tokens, memory.record, plan.ancestor_at, turn.row_nodes
+        if not num_seen:
+            assert rows == 1, f"{rows} rows for a head that sees the hidden state alone"
+            return self._block(block, memory.state, memory.state)
+        if self._gathers(block, 1 + num_seen, rows):
+            seen, inner = Seen(runner.embedding, *tables), self._inner[:rows]
+            linear(memory.state, block.up, seen=seen, silu=True, out=inner)
+            assert block.down is not None
+            return linear(inner, block.down, residual=memory.state, out=self._x[:rows])
+        x = self._x[:rows]
+        inputs = self._inputs(rows, 1 + num_seen)
+        gather_seen(memory.state, runner.embedding, *tables, inputs, x, load=runner.load)
+        return self._block(block, inputs.flatten(1), x)
+
+    def _gathers(self, block: _Block, slots: int, rows: int) -> bool:
+        """Say whether the block's launches can put together their input and add the hidden state to all rows."""
+        if block.down is None:
+            return False
+        up, down = (self._runner.linear.config(matrix, rows) for matrix in (block.up, block.down))
+        return up.can_gather(slots, rows) and bool(down.resident)
+
+    def _block(self, block: _Block, seen: Tensor, x: Tensor) -> Tensor:
+        """Return x plus the block's answer to what it sees."""
+        rows, linear = len(x), self._runner.linear
+        inner, out = self._inner[:rows], self._x[:rows]
+        if block.down is not None:
+            return linear(linear(seen, block.up, silu=True, out=inner), block.down, residual=x, out=out)
+        silu_rows(linear(seen, block.up, out=inner), out, bias=block.bias, residual=x, load=self._runner.load)
+        return out
+
+    def _inputs(self, rows: int, slots: int) -> Tensor:
+        """Return room for heads' inputs [rows, slots, hidden], made where a launch cannot do without."""
+        hidden = self._x.shape[1]
+        if self._gathered.numel() < MAX_ROWS * slots * hidden:
+            self._outgrown.append(self._gathered)
+            self._gathered = torch.zeros(MAX_ROWS * slots * hidden, dtype=self._x.dtype, device=self._x.device)
+        return self._gathered[: rows * slots * hidden].view(rows, slots, hidden)
 
 
 def _pack(heads: MedusaHeads, shared_output: Weight, dtype: torch.dtype, device: str) -> list[_Head]:

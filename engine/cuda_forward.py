@@ -14,7 +14,7 @@ from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
-from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
+from engine.kernels.small_batch_linear import MAX_PLACES, LoadKernel, Norm, PackedLinear
 from engine.kernels.tree_attention import tree_attention
 
 __all__ = ["CHUNKS", "Forward"]
@@ -23,7 +23,7 @@ CHUNKS = (16, 64)  # rows of a prompt at a time: the last piece is filled up to 
 
 
 class Forward:
-    """One backbone's passes; results lie in the memory's `hidden` and `logits`."""
+    """One backbone's passes; results lie in the memory."""
 
     def __init__(
         self, weights: PackedBackbone, memory: StepMemory, linear: LinearBank, eps: float, load: LoadKernel
@@ -35,7 +35,7 @@ class Forward:
         }  # counted back from the chunk's end: all its keys are in the cache by then
 
     def tree(self, plan: TreePlan) -> None:
-        """Run a tree's nodes after the committed text; the root's token is the record's bonus token."""
+        """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token."""
         memory, rows = self._memory, plan.num_nodes
         keys, values = memory.scratch(rows)
 
@@ -47,7 +47,29 @@ class Forward:
             memory.tokens[:rows], self._weights.embedding, memory.record, memory.x[:rows], load=self._load
         )
         self._layers(rows, attend)
-        self._norm(memory.x[:rows], self._weights.norm, memory.hidden[:rows])
+
+    def finish_tree(self, rows: int) -> None:
+        """Put the hidden states of the tree's nodes where `commit` reads them."""
+        self._norm(self._memory.x[:rows], self._weights.norm, self._memory.hidden[:rows])
+
+    def score_tree(self, rows: int) -> Tensor:
+        """Finish the tree and return its nodes' logits, the memory's own."""
+        out = self._memory.logits(rows)
+        return self._finish_with(rows, self._weights.lm_head, out, best=False)
+
+    def best_of_tree(self, rows: int) -> Tensor:
+        """Finish the tree and return its nodes' keys for `accept_greedy`; logits are made where a launch needs them."""
+        lm_head = self._weights.lm_head
+        config = self._linear.config(lm_head, rows)
+        if config.resident and config.num_places(lm_head.n) <= MAX_PLACES:
+            keys = self._memory.keys_of_best(rows, config.num_places(lm_head.n))
+            return self._finish_with(rows, lm_head, keys, best=True)
+        return self.best(self.score_tree(rows))
+
+    def best(self, logits: Tensor) -> Tensor:
+        """Return the keys of logits [rows, vocab]."""
+        keys = self._memory.keys_of_best(len(logits), -(-logits.shape[1] // fused_ops.ARGMAX_CHUNK))
+        return fused_ops.argmax_keys(logits, out=keys, load=self._load)
 
     def chunk(self, rows: int) -> None:
         """Run `rows` tokens of a prompt, which end before row `span` of the text; `x` gets what leaves the layers."""
@@ -69,7 +91,15 @@ class Forward:
 
     def score(self, hidden: Tensor) -> Tensor:
         """Apply `lm_head` to [rows, hidden] of at most 64 rows; returns the memory's logits of them."""
-        return self._linear(hidden, self._weights.lm_head, out=self._memory.logits[: hidden.shape[0]])
+        return self._linear(hidden, self._weights.lm_head, out=self._memory.logits(len(hidden)))
+
+    def _finish_with(self, rows: int, lm_head: PackedLinear, out: Tensor, *, best: bool) -> Tensor:
+        memory = self._memory
+        if self._linear.config(lm_head, rows).can_normalize(lm_head.k):
+            norm = Norm(self._weights.norm, self._eps, memory.hidden[:rows])
+            return self._linear(memory.x[:rows], lm_head, norm=norm, best=best, out=out)
+        self.finish_tree(rows)
+        return self._linear(memory.hidden[:rows], lm_head, best=best, out=out)
 
     def _layers(self, rows: int, attend: Callable[[int, Tensor], None]) -> None:
         memory, linear = self._memory, self._linear
@@ -82,8 +112,8 @@ class Forward:
 
     def _normed(self, x: Tensor, norm: Tensor, matrix: PackedLinear, out: Tensor) -> Tensor:
         """Norm and matrix, in one launch where the matrix's own can do both: the bits are the same."""
-        if self._linear.normalizes(matrix, len(x)):
-            return self._linear(x, matrix, norm=norm, eps=self._eps, out=out)
+        if self._linear.config(matrix, len(x)).can_normalize(matrix.k):
+            return self._linear(x, matrix, norm=Norm(norm, self._eps), out=out)
         normed = self._memory.normed[: len(x)]
         self._norm(x, norm, normed)
         return self._linear(normed, matrix, out=out)

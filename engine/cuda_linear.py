@@ -8,7 +8,9 @@ from torch import Tensor
 from engine.kernels.small_batch_linear import (
     LinearConfig,
     LoadKernel,
+    Norm,
     PackedLinear,
+    Seen,
     Workspace,
     default_config,
     rows_measured,
@@ -37,7 +39,7 @@ class LinearBank:
     def prepare(self, matrices: Sequence[PackedLinear], rows: int) -> None:
         """Choose how to run each of the matrices for so many rows, and make room for it."""
         for matrix in matrices:
-            self._config(matrix, rows)
+            self.config(matrix, rows)
 
     def __call__(
         self,
@@ -46,32 +48,34 @@ class LinearBank:
         *,
         out: Tensor,
         residual: Tensor | None = None,
-        norm: Tensor | None = None,
-        eps: float = 0.0,
+        norm: Norm | None = None,
+        seen: Seen | None = None,
+        silu: bool = False,
+        best: bool = False,
     ) -> Tensor:
-        """Compute into `out`; see `run_linear`. `norm` is for matrices and rows that `normalizes` says yes to."""
+        """Compute into `out`; see `run_linear`. What a launch can do besides is known by `config`."""
+        config = self.config(weight, x.shape[0] if seen is None else len(seen.row_nodes))
         return run_linear(
             x,
             weight,
-            self._config(weight, x.shape[0]),
+            config,
             self._workspace,
             residual=residual,
             norm=norm,
-            eps=eps,
+            seen=seen,
+            silu=silu,
+            best=best,
             out=out,
             load=self._load,
         )
-
-    def normalizes(self, weight: PackedLinear, rows: int) -> bool:
-        """Say whether this matrix's launch for so many rows can normalise them itself."""
-        return self._config(weight, rows).can_normalize(weight.k)
 
     @property
     def num_bytes(self) -> int:
         held = [self._workspace.partial, self._workspace.counters, *self._outgrown]
         return sum(tensor.nbytes for tensor in held)
 
-    def _config(self, weight: PackedLinear, rows: int) -> LinearConfig:
+    def config(self, weight: PackedLinear, rows: int) -> LinearConfig:
+        """Return how a matrix is launched for so many rows."""
         key = (weight.decode, weight.n, weight.k, rows_measured(rows))
         if key not in self._configs:
             config = self._choose(weight, rows, Workspace(self._device))

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from engine.backbone import BackboneConfig
-from engine.kernels.fused_ops import ARGMAX_CHUNK, LENGTH, RECORD_SIZE, rotary_angles
+from engine.kernels.fused_ops import LENGTH, RECORD_SIZE, rotary_angles
+from engine.kernels.small_batch_linear import MAX_PLACES
 from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace
 
 __all__ = ["MAX_ROWS", "StepMemory"]
@@ -43,9 +44,9 @@ class StepMemory:
         self.attended = self._rows(config.num_heads, config.head_dim)
         self.attention = AttentionWorkspace(self.shape, MAX_ROWS, device)
         self.state = torch.zeros(1, config.hidden_size, dtype=dtype, device=device)  # behind the root: heads read it
-        self.logits = torch.zeros(MAX_ROWS, config.vocab_size, device=device)
-        chunks = -(-config.vocab_size // ARGMAX_CHUNK)
-        self.keys_of_best = torch.zeros(MAX_ROWS, chunks, dtype=torch.int64, device=device)
+        self._logits = torch.zeros(0, device=device)
+        self._outgrown: list[Tensor] = []  # captured graphs still write there
+        self._keys = torch.zeros(MAX_ROWS * MAX_PLACES, dtype=torch.int64, device=device)
         scratch = config.num_layers * MAX_ROWS * config.num_kv_heads * config.head_dim
         self._scratch = [torch.zeros(scratch, dtype=dtype, device=device) for _ in range(2)]
         self.capacity = 0
@@ -57,6 +58,18 @@ class StepMemory:
         shape = (config.num_layers, rows, config.num_kv_heads, config.head_dim)
         count = config.num_layers * rows * config.num_kv_heads * config.head_dim
         return self._scratch[0][:count].view(shape), self._scratch[1][:count].view(shape)
+
+    def logits(self, rows: int) -> Tensor:
+        """Return room for scores [rows, vocab], float32; it is made for the most rows that were asked for so far."""
+        count = rows * self.config.vocab_size
+        if self._logits.numel() < count:
+            self._outgrown.append(self._logits)
+            self._logits = torch.zeros(count, device=self.device)
+        return self._logits[:count].view(rows, -1)
+
+    def keys_of_best(self, rows: int, places: int) -> Tensor:
+        """Return room for the keys of each row's best token by place, int64 [rows, places]."""
+        return self._keys[: rows * places].view(rows, places)
 
     def grow(self, rows: int) -> bool:
         """Make room for `rows` committed and coming rows; True where the cache has moved for it."""
@@ -88,7 +101,7 @@ class StepMemory:
         """Bytes of everything but the cache."""
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         owned = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        others = sum(tensor.nbytes for tensor in self._scratch) + self.attention.num_bytes
+        others = sum(tensor.nbytes for tensor in (*self._scratch, *self._outgrown)) + self.attention.num_bytes
         return sum(owned.values()) + others - self.cache_bytes
 
     def _rows(self, *width: int) -> Tensor:

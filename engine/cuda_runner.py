@@ -130,7 +130,7 @@ class CudaRunner:
         plan = self.plan(tree, None)
         self.memory.tokens[: plan.num_nodes].copy_(tokens)
         self.set_root(int(tokens[0]))
-        self.graphs.run(("verify", tree), lambda: self._forward.tree(plan))
+        self.graphs.run(("verify", tree), lambda: self._launch_verify(plan))
         self._verified = plan
         return self.memory.hidden[: plan.num_nodes].clone()
 
@@ -141,8 +141,7 @@ class CudaRunner:
         """Return each row's best token, the lowest id among equals: [rows, hidden] -> int64 [rows]."""
         found = []
         for rows in hidden.split(MAX_ROWS):
-            keys = self.memory.keys_of_best[: len(rows)]
-            fused_ops.argmax_keys(self._forward.score(rows.contiguous()), out=keys, load=self.load)
+            keys = self._forward.best(self._forward.score(rows.contiguous()))
             found.append(fused_ops.best_tokens(keys))
         return torch.cat(found)
 
@@ -235,15 +234,18 @@ class CudaRunner:
         if drafter is not None and plan.rounds:
             drafter.launch(plan)
         self._forward.tree(plan)
-        logits = self._forward.score(memory.hidden[:rows])
         if chooser is None:
-            keys = fused_ops.argmax_keys(logits, out=memory.keys_of_best[:rows], load=self.load)
+            keys = self._forward.best_of_tree(rows)
         else:
-            keys = chooser.launch(logits, plan)
+            keys = chooser.launch(self._forward.score_tree(rows), plan)
         fused_ops.accept_greedy(keys, memory.tokens[:rows], plan.parents, memory.record, load=self.load)
         if chooser is not None:
             chooser.note_accepted()
         self._launch_commit(plan)
+
+    def _launch_verify(self, plan: TreePlan) -> None:
+        self._forward.tree(plan)
+        self._forward.finish_tree(plan.num_nodes)
 
     def _launch_commit(self, plan: TreePlan) -> None:
         memory, rows = self.memory, plan.num_nodes

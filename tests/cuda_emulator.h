@@ -276,6 +276,11 @@ inline void prefetch_l2(const void* p, int bytes) {  // reads its first and last
 inline void let_next_kernel_start() {}
 inline void wait_for_previous_kernel() {}
 
+inline u32 warp_max_bits(u32 value) {
+    for (int step = 16; step > 0; step /= 2) value = std::max(value, __shfl_xor_sync(~0u, value, step));
+    return value;
+}
+
 inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
     emulator::Warp& warp = emulator::own_warp();
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

@@ -15,7 +15,15 @@ from engine.kernels.dense_linear import pack_dense
 from engine.kernels.draft_ops import draft_tokens, gather_seen, silu_rows
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.nf4_linear import NF4_VALUES, Nf4Weight, code_tables, pack_nf4
-from engine.kernels.small_batch_linear import Decode, LinearConfig, PackedLinear, Workspace, run_linear
+from engine.kernels.small_batch_linear import (
+    Decode,
+    LinearConfig,
+    Norm,
+    PackedLinear,
+    Seen,
+    Workspace,
+    run_linear,
+)
 from engine.kernels.tree_attention import ancestor_table
 from engine.tree import CandidateTree
 
@@ -151,8 +159,54 @@ def test_a_linear_normalises_to_the_bits_of_the_norm(machine, dtype, kind, k, to
         config = resident(decodes[-1], tokens, cut)
         assert config.can_normalize(k)
         apart = run_linear(fused_ops.rms_norm(x, norm, 1e-5, load=load), weight, config, workspace, load=load)
-        together = run_linear(x, weight, config, workspace, norm=norm, eps=1e-5, load=load)
+        normed = torch.full_like(x, torch.nan)
+        together = run_linear(x, weight, config, workspace, norm=Norm(norm, 1e-5, normed), load=load)
         assert torch.equal(together, apart)
+        assert torch.equal(normed, fused_ops.rms_norm(x, norm, 1e-5, load=load))
+
+
+@pytest.mark.parametrize("cut", RESIDENT_CUTS)
+@pytest.mark.parametrize("tokens", [3, 12])
+def test_a_linear_tells_each_tokens_best(machine, cut, tokens):
+    device, load = machine
+    weight, _, _ = packed("int8", 208, 576, torch.bfloat16, device)
+    x, workspace = random(tokens, 576, dtype=torch.bfloat16, device=device), Workspace(device)
+    x[1] = 0  # all results are equal
+    config = resident(Decode.INT8, tokens, cut)
+    logits = run_linear(x, weight, config, workspace, out=torch.empty(tokens, 208, device=device), load=load)
+    keys = torch.zeros(tokens, config.num_places(208), dtype=torch.int64, device=device)
+    run_linear(x, weight, config, workspace, best=True, out=keys, load=load)
+    found = fused_ops.best_tokens(keys)
+    assert torch.equal(found, fused_ops.best_tokens(fused_ops.argmax_keys(logits, load=load)))
+    assert found[1] == 0
+
+
+def test_a_linear_gathers_what_a_head_sees(machine):
+    device, load = machine
+    dtype, workspace = torch.bfloat16, Workspace(device)
+    weight, _, _ = packed("int8", 64, 3 * 192, dtype, device)
+    table, state = (random(*size, dtype=dtype, device=device, seed=s) for s, size in enumerate([(50, 192), (1, 192)]))
+    tokens = torch.arange(10, 10 + TREE.num_nodes, dtype=torch.int32, device=device)
+    record, ancestors = fused_ops.new_record(device), ancestor_table(TREE.ancestors, TREE.depth).to(device)
+    record[fused_ops.BONUS] = 40
+    nodes = torch.tensor([4, 6, 5, 7, 8, 4, 4, 4, 6], dtype=torch.int32, device=device)
+    inputs, x = (torch.zeros(size, dtype=dtype, device=device) for size in ((9, 3, 192), (9, 192)))
+    gather_seen(state, table, tokens, record, ancestors, nodes, inputs, x, load=load)
+    config, seen = resident(Decode.INT8, 9, (1, 1, 8, 1)), Seen(table, tokens, record, ancestors, nodes)
+    apart = run_linear(inputs.flatten(1), weight, config, workspace, silu=True, load=load)
+    together = run_linear(state, weight, config, workspace, seen=seen, silu=True, load=load)
+    assert error(together, apart.double()) < TOLERANCE[dtype]  # the order in which an embedding's squares are added
+    plain = run_linear(inputs.flatten(1), weight, config, workspace, load=load)
+    assert error(apart, F.silu(plain.double())) < TOLERANCE[dtype]
+    spread = run_linear(x, weight_of(64, 192, dtype, device), config, workspace, residual=plain[:1], load=load)
+    same = run_linear(
+        x, weight_of(64, 192, dtype, device), config, workspace, residual=plain[:1].repeat(9, 1), load=load
+    )
+    assert torch.equal(spread, same)
+
+
+def weight_of(n, k, dtype, device):
+    return packed("int8", n, k, dtype, device)[0]
 
 
 @pytest.mark.parametrize("kind", ["nf4", "int8", "dense"])
@@ -250,6 +304,19 @@ def test_drafted_tokens_prefer_large_then_early(machine):
         row, rank = row_of[node], rank_of[node]
         assert tokens[node] == 3 * best.indices[row, rank]
         assert chances[node].item() == pytest.approx(logits[row].softmax(-1)[tokens[node] // 3].item(), rel=1e-4)
+
+
+@pytest.mark.parametrize(("vocab", "guesses"), [(48, 3), (700, 40), (4096, 8), (4096, 64)])
+@pytest.mark.parametrize("spread", [0.0, 0.5, 8.0])
+def test_drafted_tokens_are_in_order_among_many_equals(machine, vocab, guesses, spread):
+    device, load = machine
+    logits = (random(1, vocab, dtype=torch.float32, device=device) * spread).round() / 4 + 0.0  # no negative zeros
+    zeros, ranks = (make(guesses, dtype=torch.int32, device=device) for make in (torch.zeros, torch.arange))
+    tokens, chances = torch.zeros_like(zeros), torch.zeros(guesses, device=device)
+    draft_tokens(logits, None, zeros, ranks, tokens, chances, guesses=guesses, nodes=range(guesses), load=load)
+    want = sorted(range(vocab), key=lambda index: (-logits[0, index].item(), index))[:guesses]
+    assert tokens.tolist() == want
+    torch.testing.assert_close(chances, logits[0].softmax(-1)[want], rtol=1e-4, atol=0)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

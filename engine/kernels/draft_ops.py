@@ -76,7 +76,7 @@ def draft_tokens(
     1 + the highest rank among the nodes. `token_map` int32 [vocab] turns draft ids into token ids.
     """
     rows, vocab = logits.shape
-    assert guesses <= min(MAX_GUESSES, vocab) and vocab <= MAX_VOCAB, f"{guesses} guesses of {vocab}"
+    assert guesses <= min(MAX_GUESSES, vocab) and vocab <= MAX_VOCAB and vocab % 4 == 0, f"{guesses} guesses of {vocab}"
     per_thread = 1 << max(2, math.ceil(math.log2(vocab / 1024)))
     kernel = load(SOURCE, "draft_tokens", (*bf16_define(torch.float16), ("PER_THREAD", per_thread)))
     arguments = [logits, token_map, row_of, rank_of, tokens, chances, vocab, guesses, nodes.start, nodes.stop]

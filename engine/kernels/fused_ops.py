@@ -13,8 +13,8 @@ from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
 
 __all__ = [
-    "MAX_PATH", "RECORD_SIZE", "StepRecord", "accept_greedy", "argmax_keys", "best_tokens", "bf16_define",
-    "commit_path", "embed_tokens", "new_record", "rms_norm", "rotary_angles", "rotate_into_cache",
+    "ARGMAX_CHUNK", "MAX_PATH", "RECORD_SIZE", "StepRecord", "accept_greedy", "argmax_keys", "best_tokens",
+    "bf16_define", "commit_path", "embed_tokens", "new_record", "rms_norm", "rotary_angles", "rotate_into_cache",
 ]  # fmt: skip
 
 SOURCE = "fused_ops.cuh"
@@ -123,11 +123,12 @@ def accept_greedy(
 ) -> None:
     """Accept the longest path whose tokens are the target's argmax, fill the record and advance its length.
 
-    keys from `argmax_keys` [nodes, chunks]; tokens and parents int32 [nodes] of at most 64 nodes.
+    keys [nodes, places] from `argmax_keys` or a linear's `best`; tokens and parents int32 [nodes] of at most 64 nodes.
     """
-    nodes, chunks = keys.shape
-    assert nodes <= 64, f"{nodes} nodes; a tree has at most 64 with its root here"
-    load(SOURCE, "accept_greedy", bf16_define(torch.float16))((1,), 64, [keys, tokens, parents, record, nodes, chunks])
+    nodes, places = keys.shape
+    assert nodes <= 64 and keys.is_contiguous(), f"{nodes} nodes; a tree has at most 64 with its root here"
+    kernel = load(SOURCE, "accept_greedy", bf16_define(torch.float16))
+    kernel((1,), 512, [keys, tokens, parents, record, nodes, places])
 
 
 def commit_path(
@@ -151,7 +152,7 @@ def commit_path(
     kernel = load(SOURCE, "commit_path", bf16_define(torch.float16))
     arguments = [scratch_keys, scratch_values, keys, values, hidden, state]
     arguments += [record, nodes, kv_heads, keys.shape[2], width]
-    kernel((layers * kv_heads + 1, MAX_PATH), head_dim // 8, arguments)
+    kernel((layers * kv_heads + 1,), MAX_PATH * head_dim // 8, arguments)
 
 
 def embed_tokens(

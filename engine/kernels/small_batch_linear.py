@@ -14,15 +14,17 @@ from torch import Tensor
 from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 
 __all__ = [
-    "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "PackedLinear", "Workspace", "default_config", "run_linear",
+    "MAX_PLACES", "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "LoadKernel", "Norm", "PackedLinear", "Seen",
+    "Workspace", "default_config", "run_linear", "token_tiles_for",
 ]  # fmt: skip
 
 MAX_TOKENS = 64
 TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
+MAX_PLACES = 640  # of which the largest result is told, so that one thread block looks through them quickly
 MAX_RESIDENT = 4096  # input features whose values a thread block may hold at once
 MAX_NORM_WIDTH = 2048  # input features that the kernel can normalise on their way
 SLICES = 8  # of K, in the kernel's fixed summation order
-PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32 = 0, 1, 2, 3
+PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32, SILU = 0, 1, 2, 3, 4
 LoadKernel = Callable[..., Kernel]
 
 
@@ -122,6 +124,14 @@ class LinearConfig:
             return False
         return self.threads <= 1024 and self.min_blocks * (self.shared_bytes(k) + table + 1040) <= limit
 
+    def num_places(self, n: int) -> int:
+        """Of how many places the kernel tells the largest result, with `best`."""
+        return self.grid(n)[0] * self.block_rows // 16
+
+    def can_gather(self, slots: int, tokens: int) -> bool:
+        """Say whether the kernel can put together inputs of `slots` parts itself (32 turns of each warp)."""
+        return bool(self.resident) and tokens * slots <= 32 * self.row_warps * self.slice_warps
+
     def can_normalize(self, k: int) -> bool:
         """Say whether the kernel can normalise its input itself."""
         return bool(self.resident) and k <= MAX_NORM_WIDTH
@@ -150,11 +160,12 @@ class LinearConfig:
         return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
 
     def kernel(
-        self, k: int, dtype: torch.dtype, *, norm: bool = False
+        self, k: int, dtype: torch.dtype, *, norm: bool = False, seen: int = 0, best: bool = False
     ) -> tuple[str, str, tuple[tuple[str, int], ...], int]:
-        """Return what `load_kernel` is asked for; with `norm`, the kernel normalises its input."""
+        """Return what `load_kernel` is asked for; the options are for `resident` (cuda/linear_resident.cuh)."""
         if self.resident:
-            defines = (*self.defines(dtype), ("BLOCKS", k // 64), ("NORM", int(norm)))
+            options = (("BLOCKS", k // 64), ("NORM", int(norm)), ("SEEN", seen), ("BEST", int(best)))
+            defines = (*self.defines(dtype), *options)
             return "linear_resident.cuh", "linear_resident", defines, self.shared_bytes(k)
         name = "linear_wgmma" if self.wgmma else "linear"
         return f"{name}.cuh", name, self.defines(dtype), self.shared_bytes(k)
@@ -237,6 +248,26 @@ def rows_measured(tokens: int) -> int:
     return 1 if tokens == 1 else 8 * token_tiles_for(tokens)
 
 
+@dataclass(frozen=True)
+class Norm:
+    """An RMSNorm before the matrix: its weight [K], and where the normalised values go, if anywhere ([tokens, K])."""
+
+    weight: Tensor
+    eps: float
+    out: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A draft head's inputs, put together on their way; what `draft_ops.gather_seen` takes."""
+
+    table: Tensor
+    tokens: Tensor
+    record: Tensor
+    ancestor_at: Tensor
+    row_nodes: Tensor
+
+
 def run_linear(
     x: Tensor,
     weight: PackedLinear,
@@ -244,38 +275,51 @@ def run_linear(
     workspace: Workspace,
     *,
     residual: Tensor | None = None,
-    norm: Tensor | None = None,
-    eps: float = 0.0,
+    norm: Norm | None = None,
+    seen: Seen | None = None,
+    silu: bool = False,
+    best: bool = False,
     out: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> Tensor:
-    """Compute x W^T (+ residual), or silu(gate) * up: x [tokens, K] of 1 to 64 tokens -> [tokens, N] (or N / 2).
+    """Compute x W^T (+ residual), silu(x W^T), or silu(gate) * up: x [tokens, K] of 1 to 64 -> [tokens, N] (or N / 2).
 
-    `residual` and `out` are contiguous and may be the same tensor; a float32 `out` gets unrounded sums (for logits).
-    With `norm` [K], x is normalised first, to the bits of `fused_ops.rms_norm`, if the configuration can.
+    `residual` and `out` are contiguous and may be the same tensor; a residual [1, N] is added to all tokens, by
+    `resident` configurations. A float32 `out` gets unrounded sums (for logits). For configurations that can: with
+    `norm`, x is normalised first, to the bits of `fused_ops.rms_norm`; with `seen`, x is the hidden state [1, hidden]
+    behind the inputs; with `best`, `out` int64 [tokens, places] gets keys whose largest is a token's largest result,
+    as `fused_ops.argmax_keys` gives them.
     """
-    tokens, width = x.shape[0], weight.n // 2 if weight.gate_up else weight.n
-    assert x.is_contiguous() and x.dtype == weight.dtype and x.shape[1] == weight.k, "x: contiguous, the weight's type"
+    tokens = x.shape[0] if seen is None else len(seen.row_nodes)
+    width = weight.n // 2 if weight.gate_up else weight.n
+    slots = weight.k // x.shape[1]
+    assert x.is_contiguous() and x.dtype == weight.dtype and (slots == 1 or seen), "x: contiguous, the weight's type"
     assert tokens <= 8 * config.token_tiles, f"{tokens} tokens in a launch built for {8 * config.token_tiles}"
-    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
     assert norm is None or config.can_normalize(weight.k), f"{config} cannot normalise {weight.k} features"
-    kernel = load(*config.kernel(weight.k, x.dtype, norm=norm is not None))
-    epilogue = _epilogue(weight, residual, out)
+    assert seen is None or (norm is None and slots > 1 and config.can_gather(slots, tokens)), f"{config}: {slots} parts"
+    assert config.resident or not best, f"{config} does not look for the best"
+    out = torch.empty(tokens, width, dtype=x.dtype, device=x.device) if out is None else out
+    kernel = load(*config.kernel(weight.k, x.dtype, norm=norm is not None, seen=slots - 1 if seen else 0, best=best))
+    epilogue = PLAIN if best else _epilogue(weight, residual, silu, out)
     arguments = [x, weight.weights, weight.scales, weight.table(config.decode), residual]
     if config.resident:
-        arguments += [norm, out, tokens, weight.n, epilogue, eps]
+        stride = weight.n if residual is not None and len(residual) == tokens else 0
+        arguments += [seen.table if seen else norm and norm.weight, norm and norm.out, out, tokens, weight.n, stride]
+        arguments += [epilogue, norm.eps if norm else 0.0]
+        arguments += [seen.tokens, seen.record, seen.ancestor_at, seen.row_nodes] if seen else [None] * 4
     else:
+        assert residual is None or residual.shape == out.shape, "this configuration adds a residual for each token"
         workspace.reserve(config.workspace_floats(weight.n))
         arguments += [out, workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
     kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
     return out
 
 
-def _epilogue(weight: PackedLinear, residual: Tensor | None, out: Tensor) -> int:
+def _epilogue(weight: PackedLinear, residual: Tensor | None, silu: bool, out: Tensor) -> int:
     if out.dtype == torch.float32:
-        assert residual is None and not weight.gate_up, "float32 results are plain"
+        assert residual is None and not weight.gate_up and not silu, "float32 results are plain"
         return FLOAT32
-    if weight.gate_up:
-        assert residual is None, "gate and up have no residual"
-        return SWIGLU
+    if weight.gate_up or silu:
+        assert residual is None and not (weight.gate_up and silu), "an activated result has no residual"
+        return SWIGLU if weight.gate_up else SILU
     return PLAIN if residual is None else ADD_RESIDUAL

@@ -17,6 +17,7 @@ from torch import Tensor
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.nvrtc import cache_folder, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import (
+    MAX_PLACES,
     MAX_RESIDENT,
     Decode,
     LinearConfig,
@@ -131,12 +132,11 @@ def _resident(decode: int, tiles: int, n: int, k: int) -> list[LinearConfig]:
     for row_tiles, row_warps, slice_warps, min_blocks in RESIDENT_CUTS[tiles]:
         loops, row_blocks = [1], math.ceil(n / 16 / row_tiles / row_warps)
         if n >= LARGE_N:
-            loops += [max(2, math.ceil(row_blocks / (waves * min_blocks * multiprocessors()))) for waves in (1, 2)]
+            waves = [math.ceil(row_blocks / (count * min_blocks * multiprocessors())) for count in (1, 2)]
+            loops = [max(math.ceil(n / 16 / MAX_PLACES), loop) for loop in (*waves, 1)]
         for loop in dict.fromkeys(loops):
             found.append(
-                LinearConfig(
-                    decode, tiles, row_tiles, row_warps, slice_warps, 0, min_blocks, row_loop=loop, resident=1
-                )
+                LinearConfig(decode, tiles, row_tiles, row_warps, slice_warps, 0, min_blocks, row_loop=loop, resident=1)
             )
     return found
 

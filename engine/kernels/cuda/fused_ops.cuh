@@ -75,40 +75,51 @@ extern "C" __global__ void __launch_bounds__(256) argmax_chunks(const float* log
     if (threadIdx.x == 0) keys[blockIdx.y * gridDim.x + blockIdx.x] = best;
 }
 
-// One thread block of 64 threads. Exact greedy acceptance: from the root, go to the child whose token is the target's
-// argmax, while there is one. Writes the step's record and moves the committed length.
-// keys [nodes, chunks] from argmax_chunks; tokens, parents [nodes], the root's parent -1.
-extern "C" __global__ void __launch_bounds__(64) accept_greedy(
-    const u64* keys, const int* tokens, const int* parents, int* record, int nodes, int chunks) {
+#define ACCEPT_THREADS 512
+
+// One thread block. Exact greedy acceptance: from the root, go to the child whose token is the target's argmax, while
+// there is one. Writes the step's record and moves the committed length.
+// keys [nodes, places]: a node's target is the index of its largest; tokens, parents [nodes], the root's parent -1.
+extern "C" __global__ void __launch_bounds__(ACCEPT_THREADS) accept_greedy(
+    const u64* keys, const int* tokens, const int* parents, int* record, int nodes, int places) {
     SHARED int targets[64];
-    SHARED u64 parts[32];
+    const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
+    int parent[2] = {-2, -2}, token[2] = {0, 0};  // of nodes lane and lane + 32
+    if (warp == 0)
+        for (int i = 0; i < 2; ++i)
+            if (lane + 32 * i < nodes) parent[i] = parents[lane + 32 * i];
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int me = threadIdx.x;
-    if (me < nodes) {
+    const int length = record[LENGTH];
+    for (int node = warp; node < nodes; node += ACCEPT_THREADS / 32) {
         u64 best = 0;
-        for (int i = 0; i < chunks; ++i) best = max(best, keys[me * chunks + i]);
-        targets[me] = (int)index_of(best);
+#pragma unroll 8
+        for (int i = lane; i < places; i += 32) best = max(best, keys[node * places + i]);
+        best = warp_max(best);
+        if (lane == 0) targets[node] = (int)index_of(best);
     }
+    if (warp == 0)
+        for (int i = 0; i < 2; ++i)
+            if (lane + 32 * i < nodes) token[i] = tokens[lane + 32 * i];
     __syncthreads();
+    if (warp > 0) return;
     int node = 0, accepted = 0;
-    if (me == 0) {
+    if (lane == 0) {
         record[PATH] = 0;
-        record[PATH_TOKENS] = tokens[0];
+        record[PATH_TOKENS] = token[0];
     }
     while (true) {
-        bool follows = me < nodes && parents[me] == node && tokens[me] == targets[node];
-        u64 found = block_max(follows ? (u64)(nodes - me) : 0, parts);
-        if (found == 0) break;
-        node = nodes - (int)found;
+        const u32 low = __ballot_sync(~0u, parent[0] == node && token[0] == targets[node]);
+        const u32 high = __ballot_sync(~0u, parent[1] == node && token[1] == targets[node]);
+        if (!(low | high)) break;
+        node = low ? __ffs(low) - 1 : 31 + __ffs(high);
         ++accepted;
-        if (me == 0) {
+        if (lane == (node & 31)) {
             record[PATH + accepted] = node;
-            record[PATH_TOKENS + accepted] = tokens[node];
+            record[PATH_TOKENS + accepted] = node < 32 ? token[0] : token[1];
         }
     }
-    if (me == 0) {
-        int length = record[LENGTH];
+    if (lane == 0) {
         record[OLD_LENGTH] = length;
         record[LENGTH] = length + accepted + 1;
         record[NUM_ACCEPTED] = accepted;
@@ -116,23 +127,24 @@ extern "C" __global__ void __launch_bounds__(64) accept_greedy(
     }
 }
 
-// Grid: (layers * kv_heads + 1, MAX_PATH), head_dim / 8 threads. Scratch rows [layers, nodes, kv_heads, head_dim] of the
-// record's path become cache rows [layers, kv_heads, capacity, head_dim]. The last column copies the hidden state of the
+// Grid: layers * kv_heads + 1, of MAX_PATH * head_dim / 8 threads. Scratch rows [layers, nodes, kv_heads, head_dim] of the
+// record's path become cache rows [layers, kv_heads, capacity, head_dim]. The last block copies the hidden state of the
 // path's end, of hidden [nodes, width], to state [width], where the heads read it; width counts pieces of 16 bytes.
 extern "C" __global__ void commit_path(
     const uint4* scratch_keys, const uint4* scratch_values, uint4* keys, uint4* values, const uint4* hidden, uint4* state,
     const int* record, int nodes, int kv_heads, int capacity, int width) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int step = blockIdx.y, layer = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, pieces = blockDim.x;
+    const int layer = blockIdx.x / kv_heads, kv_head = blockIdx.x % kv_heads, pieces = blockDim.x / MAX_PATH;
+    const int step = threadIdx.x / pieces, piece = threadIdx.x % pieces;
     if (blockIdx.x == gridDim.x - 1) {
         const uint4* from = hidden + (long long)record[PATH + record[NUM_ACCEPTED]] * width;
-        for (int i = step * pieces + threadIdx.x; i < width; i += MAX_PATH * pieces) state[i] = from[i];
+        for (int i = threadIdx.x; i < width; i += blockDim.x) state[i] = from[i];
         return;
     }
     if (step > record[NUM_ACCEPTED]) return;
-    long long from = (((long long)layer * nodes + record[PATH + step]) * kv_heads + kv_head) * pieces + threadIdx.x;
-    long long to = ((long long)blockIdx.x * capacity + record[OLD_LENGTH] + step) * pieces + threadIdx.x;
+    long long from = (((long long)layer * nodes + record[PATH + step]) * kv_heads + kv_head) * pieces + piece;
+    long long to = ((long long)blockIdx.x * capacity + record[OLD_LENGTH] + step) * pieces + piece;
     keys[to] = scratch_keys[from];
     values[to] = scratch_values[from];
 }

@@ -29,7 +29,7 @@ constexpr int BLOCK_ROW_TILES = ROW_WARPS * ROW_TILES;
 constexpr int TILE_STEP = ABLATE & NO_WEIGHTS ? 0 : SLICES;  // from one block of a slice to its next
 constexpr int PARTS = SLICES / SLICE_WARPS;  // thread blocks that share rows
 
-enum { PLAIN = 0, ADD_RESIDUAL = 1, SWIGLU = 2, FLOAT32 = 3 };
+enum { PLAIN = 0, ADD_RESIDUAL = 1, SWIGLU = 2, FLOAT32 = 3, SILU = 4 };
 
 struct Prefetched {
     uint4 codes[LOADS];
@@ -189,6 +189,10 @@ __device__ __forceinline__ void write_pair(
     if (epilogue == ADD_RESIDUAL) {
         low += to_float((u16)before);
         high += to_float((u16)(before >> 16));
+    }
+    if (epilogue == SILU) {
+        low = silu(low);
+        high = silu(high);
     }
     *(u32*)(y + at) = pack2(low, high);
 }

@@ -1,12 +1,17 @@
 // The linear of linear.cuh, with the same bits, for matrices of few input features: all tokens' values lie in shared
 // memory from the start and a warp holds all of its weights in registers, so nothing is waited for between the previous
-// kernel's end and the products but the values themselves. They may be normalised (RMSNorm) on their way.
+// kernel's end and the products but the values themselves. They may be made on their way: normalised (RMSNorm), or put
+// together from the hidden state and the embeddings of drafted tokens.
 //
-// Compile-time besides those of linear_parts.cuh: BLOCKS (K / 64), NORM (1: normalise), ROW_LOOP (1; more where a thread
-// block goes through several row blocks). A warp takes GROUP neighbouring slices.
+// Compile-time besides those of linear_parts.cuh: BLOCKS (K / 64), NORM (1: normalise), SEEN (tokens that a draft head
+// sees besides the hidden state; 0: values are read from memory), BEST (1: only the largest result of each token is
+// asked for), ROW_LOOP (1; more where a thread block goes through several row blocks). A warp takes GROUP neighbouring
+// slices.
 
 #include "linear_parts.cuh"
 #include "norm_parts.cuh"
+#include "reductions.cuh"
+#include "seen_parts.cuh"
 
 constexpr int WARPS = ROW_WARPS * SLICE_WARPS;
 constexpr int GROUP = SLICES / SLICE_WARPS;
@@ -26,7 +31,8 @@ constexpr int ROWS_AT_ONCE = TOKEN_TILES * 8 >= 2 * WARPS && LANE_PIECES <= 4 ? 
 
 // Normalise all tokens' values into shared memory, a warp a token. `factors` are a lane's pieces of the norm's weight.
 __device__ __forceinline__ void stage_normalized(
-    u8* shared, const u16* x, const uint4 (&factors)[LANE_PIECES], int tokens, float eps, int warp, int lane) {
+    u8* shared, const u16* x, const uint4 (&factors)[LANE_PIECES], u16* normed, int tokens, float eps, int warp,
+    int lane) {
     for (int first = warp; first < tokens; first += WARPS * ROWS_AT_ONCE) {
         uint4 kept[ROWS_AT_ONCE][LANE_PIECES];
 #pragma unroll
@@ -45,19 +51,64 @@ __device__ __forceinline__ void stage_normalized(
             for (int i = 1; i < LANE_PIECES; ++i) sum += add_squares(0.0f, kept[r][i]);
             const float scale = norm_scale(sum, K, eps);
 #pragma unroll
-            for (int i = 0; i < LANE_PIECES; ++i)
-                if (token < tokens && lane + i * 32 < ROW_PIECES)
-                    *(uint4*)(shared + token * PITCH + (lane + i * 32) * 16) = normalized(kept[r][i], factors[i], scale);
+            for (int i = 0; i < LANE_PIECES; ++i) {
+                const int piece = lane + i * 32;
+                if (token >= tokens || piece >= ROW_PIECES) continue;
+                const uint4 result = normalized(kept[r][i], factors[i], scale);
+                *(uint4*)(shared + token * PITCH + piece * 16) = result;
+                if (normed && blockIdx.x == 0) ((uint4*)normed)[token * ROW_PIECES + piece] = result;
+            }
         }
     }
 }
 #endif
 
-// Grid: row tiles / BLOCK_ROW_TILES, or fewer with ROW_LOOP. norm [K]: the norm's weight, with NORM; else null.
-// The other arguments are those of linear.cuh.
+#if SEEN
+constexpr int SEEN_PIECES = ROW_PIECES / (1 + SEEN);
+constexpr int SEEN_LANE_PIECES = (SEEN_PIECES + 31) / 32;
+
+// A draft head's inputs are put into shared memory by a warp a hidden state or embedding, in turns: lane i looks up the
+// token of turn i. Where it stands in the tree is known before the previous kernel's end: 0 the root, -1 no token.
+__device__ __forceinline__ int seen_place(const int* ancestor_at, const int* row_nodes, int tokens, int warp, int lane) {
+    const int item = warp + lane * WARPS, slot = item % (1 + SEEN);
+    return slot == 0 || item >= tokens * (1 + SEEN) ? -1 : ancestor_at[row_nodes[item / (1 + SEEN)] * NEAR + slot - 1];
+}
+
+__device__ __forceinline__ void stage_seen(
+    u8* shared, const u16* state, const uint4* table, const int* drafted, const int* record, int place, int tokens,
+    int warp, int lane) {
+    const int token = place < 0 ? 0 : seen_token(drafted, record, place);
+    for (int turn = 0, item = warp; item < tokens * (1 + SEEN); ++turn, item += WARPS) {
+        const int slot = item % (1 + SEEN);
+        const uint4* row = table + (long long)__shfl_sync(~0u, token, turn) * SEEN_PIECES;
+        const uint4* from = slot == 0 ? (const uint4*)state : row;
+        uint4 kept[SEEN_LANE_PIECES];
+        float sum = 0.0f;
+#pragma unroll
+        for (int i = 0; i < SEEN_LANE_PIECES; ++i) {
+            kept[i] = make_uint4(0, 0, 0, 0);
+            if (lane + i * 32 < SEEN_PIECES) kept[i] = from[lane + i * 32];
+            sum = add_squares(sum, kept[i]);
+        }
+        const float scale = slot == 0 ? 1.0f : norm_scale(sum, SEEN_PIECES * 8, SEEN_EPS);
+        u8* to = shared + item / (1 + SEEN) * PITCH + slot * SEEN_PIECES * 16;
+#pragma unroll
+        for (int i = 0; i < SEEN_LANE_PIECES; ++i)
+            if (lane + i * 32 < SEEN_PIECES) *(uint4*)(to + (lane + i * 32) * 16) = scaled(kept[i], scale);
+    }
+}
+#endif
+
+// Grid: row tiles / BLOCK_ROW_TILES, or fewer with ROW_LOOP. With NORM, norm [K] is the norm's weight and `normed`
+// [tokens, K], where there is one, gets the normalised values. With SEEN, x is the hidden state [1, K / (1 + SEEN)],
+// norm the embeddings [vocab, K / (1 + SEEN)], and the last four arguments are those of gather_seen;
+// a warp has at most 32 turns. With BEST, y is
+// u64 [tokens, gridDim.x * BLOCK_ROW_TILES]: the key of the largest among the rows of one place in a thread block.
+// residual_stride: from a token's residual to the next one's, n or 0. The other arguments are those of linear.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_resident(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, const u16* norm,
-    u16* y, int tokens, int n, int epilogue, float eps) {
+    u16* normed, u16* y, int tokens, int n, int residual_stride, int epilogue, float eps, const int* drafted,
+    const int* record, const int* ancestor_at, const int* row_nodes) {
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const int row_warp = warp % ROW_WARPS, slice_warp = SLICE_WARPS == 1 ? 0 : warp / ROW_WARPS;
@@ -102,11 +153,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
         if (lane + i * 32 < ROW_PIECES) factors[i] = ((const uint4*)norm)[lane + i * 32];
     }
 #endif
+#if SEEN
+    const int place = seen_place(ancestor_at, row_nodes, tokens, warp, lane);
+#endif
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
 #if NORM
-    stage_normalized(shared, x, factors, tokens, eps, warp, lane);
+    stage_normalized(shared, x, factors, normed, tokens, eps, warp, lane);
+#elif SEEN
+    stage_seen(shared, x, (const uint4*)norm, drafted, record, place, tokens, warp, lane);
 #else
     for (int token = warp; token < tokens; token += WARPS)
         for (int piece = lane; piece < ROW_PIECES; piece += 32)
@@ -115,6 +171,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
 #endif
     float4* exchange = (float4*)(shared + TOKEN_TILES * 8 * PITCH);
     const u8* values = shared + (lane & 7) * PITCH + (lane >> 3) * 16 + first_slice * 128;
+    u64 best[FINISHED][2] = {};
     for (int row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
         u32 before[FINISHED][2] = {};
 #pragma unroll
@@ -124,7 +181,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
                 const int token = fragment(i) % TOKEN_TILES * 8 + 2 * (lane & 3) + j;
                 const int row = tile_of(i, row_block) * 16 + 2 * (lane >> 2);
                 if (epilogue == ADD_RESIDUAL && is_mine(i, row_block) && token < tokens)
-                    before[i][j] = *(const u32*)(residual + pair_at(token, row, n));
+                    before[i][j] = *(const u32*)(residual + (long long)token * residual_stride + row);
             }
         if (row_block == (int)blockIdx.x) {
             wait_copies<0>();
@@ -210,8 +267,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
             const int token = fragment(i) % TOKEN_TILES * 8 + 2 * (lane & 3);
             const int row = tile_of(i, row_block) * 16 + 2 * (lane >> 2);
             const float2 by = row_scales[i];
+#if BEST
+            best[i][0] = max(best[i][0], max(ordered(sum.x * by.x, row), ordered(sum.z * by.y, row + 1)));
+            best[i][1] = max(best[i][1], max(ordered(sum.y * by.x, row), ordered(sum.w * by.y, row + 1)));
+#else
             if (token < tokens) write_pair(y, before[i][0], token, row, n, epilogue, sum.x * by.x, sum.z * by.y);
             if (token + 1 < tokens) write_pair(y, before[i][1], token + 1, row, n, epilogue, sum.y * by.x, sum.w * by.y);
+#endif
         }
         if (ROW_LOOP == 1) break;
         fetch_row_scales(row_block + gridDim.x);
@@ -219,4 +281,16 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
         const int next = (row_block / (int)gridDim.x + 1) & 1;
         exchange = (float4*)(shared + TOKEN_TILES * 8 * PITCH) + next * SLICE_WARPS * FRAGMENTS * 32;
     }
+#if BEST
+#pragma unroll
+    for (int i = 0; i < FINISHED; ++i)
+#pragma unroll
+        for (int j = 0; j < 2; ++j) {
+#pragma unroll
+            for (int step = 4; step < 32; step *= 2) best[i][j] = max(best[i][j], __shfl_xor_sync(~0u, best[i][j], step));
+            const int token = fragment(i) % TOKEN_TILES * 8 + 2 * lane + j;
+            if (lane < 4 && fragment(i) < FRAGMENTS && token < tokens)
+                ((u64*)y)[((long long)token * gridDim.x + blockIdx.x) * BLOCK_ROW_TILES + fragment(i) / TOKEN_TILES] = best[i][j];
+        }
+#endif
 }

@@ -207,6 +207,23 @@ __device__ __forceinline__ float2 load_peer8(const void* mine, int rank) {
 }
 #endif
 
+// ---- a warp's lanes together ----
+
+__device__ __forceinline__ u32 warp_max_bits(u32 value) {  // all lanes get the largest
+#if __CUDA_ARCH__ >= 800
+    u32 result;
+    asm volatile("redux.sync.max.u32 %0, %1, 0xffffffff;" : "=r"(result) : "r"(value));
+    return result;
+#else
+#pragma unroll
+    for (int step = 16; step > 0; step /= 2) {
+        const u32 other = __shfl_xor_sync(~0u, value, step);
+        value = value > other ? value : other;
+    }
+    return value;
+#endif
+}
+
 // ---- tensor cores ----
 
 // c[16 x 8] += a[16 x 16] * b[16 x 8]. With g = lane / 4 and q = lane % 4: a0 = (row g, k 2q..2q+1), a1 = (row g + 8,

@@ -1,10 +1,18 @@
 // The largest of many values, the smaller index among equals, in any order of looking.
 
+// A float32 as a number above 0 that orders by value.
+__device__ __forceinline__ u32 ordered_bits(float value) {
+    const u32 bits = __float_as_uint(value);
+    return bits & 0x80000000u ? ~bits : bits | 0x80000000u;
+}
+
+__device__ __forceinline__ float value_of_bits(u32 bits) {  // the float32 that `ordered_bits` took
+    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
+}
+
 // A float32 and its index as one number that orders by value, then by smaller index.
 __device__ __forceinline__ u64 ordered(float value, u32 index) {
-    u32 bits = __float_as_uint(value);
-    bits = bits & 0x80000000u ? ~bits : bits | 0x80000000u;
-    return ((u64)bits << 32) | (0xffffffffu - index);
+    return ((u64)ordered_bits(value) << 32) | (0xffffffffu - index);
 }
 
 __device__ __forceinline__ u32 index_of(u64 key) { return 0xffffffffu - (u32)key; }
@@ -25,7 +33,4 @@ __device__ __forceinline__ u64 block_max(u64 key, u64* parts) {  // every thread
     return key;
 }
 
-__device__ __forceinline__ float value_of(u64 key) {  // the float32 that `ordered` took
-    u32 bits = (u32)(key >> 32);
-    return __uint_as_float(bits & 0x80000000u ? bits & 0x7fffffffu : ~bits);
-}
+__device__ __forceinline__ float value_of(u64 key) { return value_of_bits((u32)(key >> 32)); }
