@@ -17,7 +17,8 @@ from engine.cuda_weights import pack_matrix, require
 from engine.draft import Draft
 from engine.heads import MedusaHead, MedusaHeads, PaperBlock
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
-from engine.kernels.small_batch_linear import PackedLinear, Seen
+from engine.kernels.linear_inputs import Seen
+from engine.kernels.small_batch_linear import PackedLinear
 from engine.tree import CandidateTree
 
 __all__ = ["CudaDrafter"]

@@ -223,6 +223,10 @@ class CudaRunner:
         self.graphs.run(key, lambda: self._launch_step(plan, drafter, chooser))
         return self._post(plan.num_nodes)
 
+    def forget_steps(self) -> None:
+        """Give back the memory of captured steps; those that are run again are captured again."""
+        self.graphs.forget(lambda key: isinstance(key, tuple) and key[0] == "step")
+
     def arrived(self, record: StepRecord) -> None:
         """Take note of a step that has been waited for."""
         self._length = record.length

@@ -11,14 +11,16 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from engine.kernels.linear_inputs import Norm, Seen
 from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 
 __all__ = [
-    "MAX_PLACES", "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "LoadKernel", "Norm", "PackedLinear", "Seen",
-    "Workspace", "default_config", "run_linear", "token_tiles_for",
+    "MAX_PLACES", "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "LoadKernel", "PackedLinear", "Workspace",
+    "default_config", "run_linear", "token_tiles_for",
 ]  # fmt: skip
 
 MAX_TOKENS = 64
+MAX_WORKSPACE = 2 << 20  # float32 partial sums
 MAX_PLACES = 640  # of which the largest result is told, so that one thread block looks through them quickly
 MAX_RESIDENT = 4096  # input features whose values a thread block may hold at once
 MAX_NORM_WIDTH = 2048  # input features that the kernel can normalise on their way
@@ -156,6 +158,10 @@ class LinearConfig:
         blocks = math.ceil(n / self.block_rows)
         return blocks * self.block_rows * self.parts * self.token_tiles * 8 if self.parts > 1 else 0
 
+    def is_frugal(self, n: int) -> bool:
+        """Say whether its partial sums fit the room that linears share."""
+        return self.workspace_floats(n) <= MAX_WORKSPACE
+
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
@@ -187,7 +193,10 @@ class PackedLinear:
 
 
 class Workspace:
-    """Partial sums and arrival counters that linears on one stream share; it grows outside of graph capture only."""
+    """Partial sums and arrival counters that linears on one stream share.
+
+    It is made at the first need, outside of graph capture, with room for every configuration that `is_frugal`.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self.partial = torch.empty(0, dtype=torch.float32, device=device)
@@ -195,7 +204,8 @@ class Workspace:
 
     def reserve(self, num_floats: int) -> None:
         if self.partial.numel() < num_floats:
-            self.partial = torch.empty(num_floats, dtype=torch.float32, device=self.partial.device)
+            size = max(num_floats, MAX_WORKSPACE)
+            self.partial = torch.empty(size, dtype=torch.float32, device=self.partial.device)
 
 
 def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
@@ -214,33 +224,14 @@ def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
         cuts = [(2, 4, 2, 4 if tiles < 8 else 2, 1)]
     built = [LinearConfig(decode, tiles, *cut) for cut in (*cuts, (1, 4, 1, 2, 1))]
     permute = Decode.NF4_PERMUTE if decode == Decode.NF4_TABLE else decode  # needs no table in shared memory
-    return next((config for config in built if config.fits(k, limit)), replace(built[-1], decode=permute))
+    usable = (config for config in built if config.fits(k, limit) and config.is_frugal(n))
+    return next(usable, replace(built[-1], decode=permute))
 
 
 def token_tiles_for(tokens: int) -> int:
     """Return the tiles of 8 tokens that a launch is built for: 1, 2, 4 or 8."""
     assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens; the kernel takes 1 to {MAX_TOKENS}"
     return 1 << max(0, math.ceil(math.log2(tokens / 8)))
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm before the matrix: its weight [K], and where the normalised values go, if anywhere ([tokens, K])."""
-
-    weight: Tensor
-    eps: float
-    out: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A draft head's inputs, put together on their way; what `draft_ops.gather_seen` takes."""
-
-    table: Tensor
-    tokens: Tensor
-    record: Tensor
-    ancestor_at: Tensor
-    row_nodes: Tensor
 
 
 def run_linear(

@@ -14,7 +14,7 @@ from statistics import median
 import torch
 from torch import Tensor
 
-from engine.kernels.nvrtc import cache_folder, multiprocessors, shared_memory_limit
+from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import (
     MAX_PLACES,
     MAX_RESIDENT,
@@ -22,7 +22,6 @@ from engine.kernels.small_batch_linear import (
     LinearConfig,
     PackedLinear,
     Workspace,
-    default_config,
     run_linear,
     token_tiles_for,
 )
@@ -68,7 +67,8 @@ def candidates(decode: int, tokens: int, n: int, k: int) -> list[LinearConfig]:
     built = [config for way in decodes for config in _resident(way, tiles, n, k) if config.fits(k, limit)]
     if not built or n * k > SMALL:
         built += [LinearConfig(way, tiles, *cut) for way in decodes for cut in CUTS[tiles]]
-    return [config for config in built if config.fits(k, limit) and config.block_rows <= max(16, n)]
+    usable = [config for config in built if config.fits(k, limit) and config.is_frugal(n)]
+    return [config for config in usable if config.block_rows <= max(16, n)]
 
 
 def _resident(decode: int, tiles: int, n: int, k: int) -> list[LinearConfig]:
@@ -111,9 +111,10 @@ def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5)
     return median(times)
 
 
-def copies(weight: PackedLinear, at_least_bytes: int = 120 << 20) -> list[PackedLinear]:
+def copies(weight: PackedLinear) -> list[PackedLinear]:
     """Repeat a matrix so that a round over the copies finds none of it in the GPU's cache."""
-    count = min(64, 1 + at_least_bytes // weight.num_bytes)
+    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+    count = min(64, 1 + math.ceil(1.3 * cache_bytes / weight.num_bytes))
     scales = weight.scales
     return [
         replace(weight, weights=weight.weights.clone(), scales=None if scales is None else scales.clone())
@@ -127,11 +128,18 @@ def tune(
     """Time candidate configurations on this matrix: (microseconds, config), fastest first."""
     x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
     rounds = copies(weight)
-    out = run_linear(x, weight, default_config(weight.n, weight.k, tokens, weight.decode), workspace)
     tries = candidates(weight.decode, tokens, weight.n, weight.k) if tries is None else tries
+    tries = [config for config in tries if not _spills(config, weight)] or tries
+    out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
     timed = [(_time_config(x, rounds, config, workspace, out), config) for config in tries]
     return sorted(timed, key=lambda pair: pair[0])
+
+
+def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
+    """Say whether threads of the kernel keep values in memory, of which the driver then holds some for all of them."""
+    kernel = load_kernel(*config.kernel(weight.k, weight.dtype))
+    return kernel.resources(config.threads, config.shared_bytes(weight.k))["spilled_bytes"] > 0
 
 
 def _time_config(
@@ -149,6 +157,7 @@ def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> Li
     table = _table()
     if key not in table:
         table[key] = tune(weight, 8 * token_tiles_for(tokens), workspace)[0][1].to_dict()
+        torch.cuda.empty_cache()  # the copies
         _save(table)
     return LinearConfig(**table[key])
 

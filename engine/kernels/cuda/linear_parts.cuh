@@ -147,7 +147,7 @@ __device__ __forceinline__ void add_scaled(float (&sum)[4], float2 scale, const 
     sum[3] = fmaf(scale.y, product[3], sum[3]);
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return divide_fast(x, 1.0f + exp2_fast(-1.4426950408889634f * x)); }
 
 // Where rows `row` and `row + 1` of one token lie in the residual and, but for SWIGLU, in y.
 __device__ __forceinline__ long long pair_at(int token, int row, int n) { return (long long)token * n + row; }

@@ -22,18 +22,43 @@ constexpr int ROW_PIECES = BLOCKS * 8;  // of 16 bytes, in a token's values
 constexpr int PITCH = K * 2 + 16;  // the 16 keep eight tokens of a load on different banks
 constexpr int FRAGMENTS = BLOCK_ROW_TILES * TOKEN_TILES;  // of 16 rows x 8 tokens, whose sums go through the exchange
 constexpr int FINISHED = (FRAGMENTS + WARPS - 1) / WARPS;  // fragments whose slices a warp adds, and which it writes
+constexpr int TURNS = (TOKEN_TILES * 8 + WARPS - 1) / WARPS;  // in which the warps bring the tokens' values, a warp a token
+constexpr int LANE_PIECES = (ROW_PIECES + 31) / 32;
+// Whether weights are decoded while the values are on their way: where nothing else needs the registers.
+constexpr bool EARLY = DECODE != 0 && ROW_LOOP == 1 && SLOTS * ROW_TILES <= 4;
 constexpr int TOGETHER = TOKEN_TILES < 4 ? TOKEN_TILES : 4;  // token tiles whose products are interleaved
 
+template <typename Meanwhile>
+__device__ __forceinline__ void stage_copied(
+    u8* shared, const u16* x, int tokens, int warp, int lane, Meanwhile meanwhile) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; ++turn) {
+        const int token = warp + turn * WARPS;
+        if (token < tokens) {
+            u8* to = shared + token * PITCH + lane * 16;
+            const uint4* from = (const uint4*)x + token * ROW_PIECES + lane;
+#pragma unroll
+            for (int i = 0; i < LANE_PIECES; ++i)
+                if (lane + i * 32 < ROW_PIECES) copy16_async(to + i * 512, from + i * 32);
+        }
+    }
+    commit_copies();
+    meanwhile();
+    wait_copies<0>();
+}
+
 #if NORM
-constexpr int LANE_PIECES = (ROW_PIECES + 31) / 32;
 static_assert(ROW_PIECES <= NORM_PLACES, "a lane's places hold one piece each");
 constexpr int ROWS_AT_ONCE = TOKEN_TILES * 8 >= 2 * WARPS && LANE_PIECES <= 4 ? 2 : 1;
 
-// Normalise all tokens' values into shared memory, a warp a token. `factors` are a lane's pieces of the norm's weight.
+// Normalise all tokens' values into shared memory. `factors` are a lane's pieces of the norm's weight.
+template <typename Meanwhile>
 __device__ __forceinline__ void stage_normalized(
     u8* shared, const u16* x, const uint4 (&factors)[LANE_PIECES], u16* normed, int tokens, float eps, int warp,
-    int lane) {
-    for (int first = warp; first < tokens; first += WARPS * ROWS_AT_ONCE) {
+    int lane, Meanwhile meanwhile) {
+#pragma unroll
+    for (int turn = 0; turn < TURNS; turn += ROWS_AT_ONCE) {
+        const int first = warp + turn * WARPS;
         uint4 kept[ROWS_AT_ONCE][LANE_PIECES];
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; ++r)
@@ -43,6 +68,8 @@ __device__ __forceinline__ void stage_normalized(
                 kept[r][i] = make_uint4(0, 0, 0, 0);
                 if (token < tokens && piece < ROW_PIECES) kept[r][i] = ((const uint4*)x)[token * ROW_PIECES + piece];
             }
+        if (turn == 0) meanwhile();
+        if (first >= tokens) break;
 #pragma unroll
         for (int r = 0; r < ROWS_AT_ONCE; ++r) {
             const int token = first + r * WARPS;
@@ -74,10 +101,12 @@ __device__ __forceinline__ int seen_place(const int* ancestor_at, const int* row
     return slot == 0 || item >= tokens * (1 + SEEN) ? -1 : ancestor_at[row_nodes[item / (1 + SEEN)] * NEAR + slot - 1];
 }
 
+template <typename Meanwhile>
 __device__ __forceinline__ void stage_seen(
     u8* shared, const u16* state, const uint4* table, const int* drafted, const int* record, int place, int tokens,
-    int warp, int lane) {
+    int warp, int lane, Meanwhile meanwhile) {
     const int token = place < 0 ? 0 : seen_token(drafted, record, place);
+    meanwhile();
     for (int turn = 0, item = warp; item < tokens * (1 + SEEN); ++turn, item += WARPS) {
         const int slot = item % (1 + SEEN);
         const uint4* row = table + (long long)__shfl_sync(~0u, token, turn) * SEEN_PIECES;
@@ -145,6 +174,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
     };
     fetch_row_scales(blockIdx.x);
     const Tables tables = load_tables(table);
+    auto decode = [&](int slot, u32(&a)[ROW_TILES][4][4]) {
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; ++t) {
+            decode_half(ahead[slot][t], 0, tables, a[t]);
+            decode_half(ahead[slot][t], 1, tables, a[t]);
+        }
+    };
 #if NORM
     uint4 factors[LANE_PIECES];
 #pragma unroll
@@ -159,15 +195,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
+    u32 early[EARLY ? SLOTS : 1][ROW_TILES][4][4];
+    auto decode_early = [&] {
+        if (!EARLY) return;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
+            if (is_there(slot)) decode(slot, early[EARLY ? slot : 0]);
+    };
 #if NORM
-    stage_normalized(shared, x, factors, normed, tokens, eps, warp, lane);
+    stage_normalized(shared, x, factors, normed, tokens, eps, warp, lane, decode_early);
 #elif SEEN
-    stage_seen(shared, x, (const uint4*)norm, drafted, record, place, tokens, warp, lane);
+    stage_seen(shared, x, (const uint4*)norm, drafted, record, place, tokens, warp, lane, decode_early);
 #else
-    for (int token = warp; token < tokens; token += WARPS)
-        for (int piece = lane; piece < ROW_PIECES; piece += 32)
-            copy16_async(shared + token * PITCH + piece * 16, x + (token * ROW_PIECES + piece) * 8);
-    commit_copies();
+    stage_copied(shared, x, tokens, warp, lane, decode_early);
 #endif
     float4* exchange = (float4*)(shared + TOKEN_TILES * 8 * PITCH);
     const u8* values = shared + (lane & 7) * PITCH + (lane >> 3) * 16 + first_slice * 128;
@@ -183,22 +223,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
                 if (epilogue == ADD_RESIDUAL && is_mine(i, row_block) && token < tokens)
                     before[i][j] = *(const u32*)(residual + (long long)token * residual_stride + row);
             }
-        if (row_block == (int)blockIdx.x) {
-            wait_copies<0>();
-            __syncthreads();
-        }
+        if (row_block == (int)blockIdx.x) __syncthreads();
         float sums[ROW_TILES][GROUP][TOKEN_TILES][4] = {};
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             if (is_there(slot)) {
-                u32 a[ROW_TILES][4][4];
+                u32 late[ROW_TILES][4][4];
+                u32(&a)[ROW_TILES][4][4] = EARLY ? early[EARLY ? slot : 0] : late;
+                if (!EARLY) decode(slot, a);
                 float2 scale[ROW_TILES];
 #pragma unroll
-                for (int t = 0; t < ROW_TILES; ++t) {
-                    decode_half(ahead[slot][t], 0, tables, a[t]);
-                    decode_half(ahead[slot][t], 1, tables, a[t]);
-                    scale[t] = ahead[slot][t].scale;
-                }
+                for (int t = 0; t < ROW_TILES; ++t) scale[t] = ahead[slot][t].scale;
                 if (ROW_LOOP > 1) fetch(slot, row_block + gridDim.x);
 #pragma unroll
                 for (int first = 0; first < TOKEN_TILES; first += TOGETHER) {
