@@ -171,7 +171,8 @@ class PackedLinear:
     """A matrix [N, K] in the kernel's order; N is a multiple of 16, K of 64.
 
     weights uint8, scales float32 and tables int32 as cuda/linear.cuh says; `decode` a value of `Decode`. With
-    `gate_up` the rows of gate and up alternate and the kernel answers silu(gate) * up, [tokens, N / 2].
+    `gate_up` the rows of gate and up alternate and the kernel answers silu(gate) * up, [tokens, N / 2]. `is_normed`
+    says that an RMSNorm stands before it, which a launch may do as well.
     """
 
     weights: Tensor
@@ -183,6 +184,7 @@ class PackedLinear:
     dtype: torch.dtype
     decode: int
     gate_up: bool = False
+    is_normed: bool = False
 
     def table(self, decode: int) -> Tensor | None:
         return self.pairs if decode == Decode.NF4_TABLE else self.byte_tables

@@ -14,6 +14,8 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from engine.kernels import fused_ops
+from engine.kernels.linear_inputs import Norm
 from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import (
     MAX_PLACES,
@@ -114,7 +116,7 @@ def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5)
 def copies(weight: PackedLinear) -> list[PackedLinear]:
     """Repeat a matrix so that a round over the copies finds none of it in the GPU's cache."""
     cache_bytes = torch.cuda.get_device_properties().L2_cache_size
-    count = min(64, 1 + math.ceil(1.3 * cache_bytes / weight.num_bytes))
+    count = min(256, 1 + math.ceil(1.3 * cache_bytes / weight.num_bytes))
     scales = weight.scales
     return [
         replace(weight, weights=weight.weights.clone(), scales=None if scales is None else scales.clone())
@@ -138,22 +140,29 @@ def tune(
 
 def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
     """Say whether threads of the kernel keep values in memory, of which the driver then holds some for all of them."""
-    kernel = load_kernel(*config.kernel(weight.k, weight.dtype))
+    norm = weight.is_normed and config.can_normalize(weight.k)
+    kernel = load_kernel(*config.kernel(weight.k, weight.dtype, norm=norm))
     return kernel.resources(config.threads, config.shared_bytes(weight.k))["spilled_bytes"] > 0
 
 
 def _time_config(
     x: Tensor, rounds: list[PackedLinear], config: LinearConfig, workspace: Workspace, out: Tensor
 ) -> float:
+    factors = torch.ones_like(x[0])
+    norm = Norm(factors, 1e-5) if rounds[0].is_normed and config.can_normalize(x.shape[1]) else None
+    normed = torch.empty_like(x)
+
     def launch(i: int) -> Tensor:
-        return run_linear(x, rounds[i % len(rounds)], config, workspace, out=out)
+        if rounds[0].is_normed and norm is None:
+            fused_ops.rms_norm(x, factors, 1e-5, out=normed)
+        return run_linear(x, rounds[i % len(rounds)], config, workspace, norm=norm, out=out)
 
     return time_graph(launch, max(len(rounds), 24), repeats=3)
 
 
 def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
     """Return the fastest known configuration for this GPU, measuring it where nobody has yet."""
-    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{token_tiles_for(tokens)}"
+    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{token_tiles_for(tokens)}{'/norm' * weight.is_normed}"
     table = _table()
     if key not in table:
         table[key] = tune(weight, 8 * token_tiles_for(tokens), workspace)[0][1].to_dict()
