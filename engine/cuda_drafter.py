@@ -112,7 +112,7 @@ class CudaDrafter:
         linear(x, head.output, out=logits)
         draft_tokens(
             logits, self._token_map, plan.row_of, plan.rank, memory.tokens, memory.chances,
-            guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, load=runner.load,
+            guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, table=runner.embedding, load=runner.load,
         )  # fmt: skip
 
     def _first_block(self, block: _Block, plan: TreePlan, turn: Round) -> Tensor:

@@ -242,7 +242,8 @@ class CudaRunner:
             keys = self._forward.best_of_tree(rows)
         else:
             keys = chooser.launch(self._forward.score_tree(rows), plan)
-        fused_ops.accept_greedy(keys, memory.tokens[:rows], plan.parents, memory.record, load=self.load)
+        tokens = memory.tokens[:rows]
+        fused_ops.accept_greedy(keys, tokens, plan.parents, memory.record, table=self.embedding, load=self.load)
         if chooser is not None:
             chooser.note_accepted()
         self._launch_commit(plan)
