@@ -17,7 +17,8 @@ from engine.cuda_weights import pack_matrix, require
 from engine.draft import Draft
 from engine.heads import MedusaHead, MedusaHeads, PaperBlock
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
-from engine.kernels.small_batch_linear import PackedLinear, Seen
+from engine.kernels.linear_inputs import Seen
+from engine.kernels.small_batch_linear import PackedLinear
 from engine.tree import CandidateTree
 
 __all__ = ["CudaDrafter"]
@@ -111,7 +112,7 @@ class CudaDrafter:
         linear(x, head.output, out=logits)
         draft_tokens(
             logits, self._token_map, plan.row_of, plan.rank, memory.tokens, memory.chances,
-            guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, load=runner.load,
+            guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, table=runner.embedding, load=runner.load,
         )  # fmt: skip
 
     def _first_block(self, block: _Block, plan: TreePlan, turn: Round) -> Tensor:

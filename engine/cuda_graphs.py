@@ -24,8 +24,11 @@ class GraphCache:
     def __init__(self, device: str) -> None:
         self.failure = ""
         self.capture_seconds: dict[Hashable, float] = {}
-        self.num_bytes = 0
-        self._enabled = device == "cuda"
+        self.num_bytes = 0  # of the device, by what it lacked afterwards
+        self._enabled = self._on_gpu = device == "cuda"
+        # Graphs share a pool and a stream: they run one after another, and nothing that one allocates is read after it.
+        self._pool: tuple[int, int] | None = None
+        self._stream: torch.cuda.Stream | None = None
         self._warm: set[Hashable] = set()
         self._graphs: dict[Hashable, torch.cuda.CUDAGraph] = {}
 
@@ -39,43 +42,66 @@ class GraphCache:
             self._warm.add(key)
             launch()
             return
-        captured = self._capture(key, launch)
-        if captured is None:
+        if not self._capture(key, launch):
             launch()
-        else:
-            captured.replay()
 
     def clear(self) -> None:
         """Forget all graphs; their buffers have moved."""
-        self._graphs.clear()
-        self.num_bytes = 0
+        self.forget(lambda key: True)
 
-    def _capture(self, key: Hashable, launch: Callable[[], object]) -> torch.cuda.CUDAGraph | None:
+    def forget(self, is_unwanted: Callable[[Hashable], bool]) -> None:
+        """Give back the memory of graphs whose keys are unwanted; those that are run again are captured again."""
+        self._return_unused()
+        with self._counting():
+            for key in list(filter(is_unwanted, self._graphs)):
+                del self._graphs[key]
+            if not self._graphs:
+                self._pool = None
+            self._return_unused()
+
+    def _return_unused(self) -> None:
+        if self._on_gpu:
+            torch.cuda.synchronize()
+            torch.cuda.empty_cache()
+
+    def _capture(self, key: Hashable, launch: Callable[[], object]) -> bool:
+        """Capture a sequence and run it once; False, with the `failure` noted, where that cannot be done."""
         while len(self._graphs) >= _MAX_GRAPHS:
-            self._graphs.pop(next(iter(self._graphs)))
-        started, free = time.perf_counter(), torch.cuda.mem_get_info()[0]
+            self.forget({next(iter(self._graphs))}.__contains__)
+        started = time.perf_counter()
         graph = torch.cuda.CUDAGraph()
-        try:
-            with _capturing(graph):
-                launch()
-        except (RuntimeError, KernelCompileError) as error:
-            self._enabled, self.failure = False, str(error)
-            return None
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
+        self._stream = self._stream or torch.cuda.Stream()
+        with self._counting():
+            try:
+                with _capturing(graph, self._pool, self._stream):
+                    launch()
+            except (RuntimeError, KernelCompileError) as error:
+                self._enabled, self.failure = False, str(error)
+                return False
+            self.capture_seconds[key] = time.perf_counter() - started
+            graph.replay()  # the first time takes memory too
         self._graphs[key] = graph
-        self.capture_seconds[key] = time.perf_counter() - started
-        self.num_bytes += max(0, free - torch.cuda.mem_get_info()[0])
-        return graph
+        return True
+
+    @contextmanager
+    def _counting(self) -> Iterator[None]:
+        """Count what the device has less afterwards, or more."""
+        before = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
+        yield
+        after = torch.cuda.mem_get_info()[0] if self._on_gpu else 0
+        self.num_bytes = max(0, self.num_bytes + before - after)
 
 
 @contextmanager
-def _capturing(graph: torch.cuda.CUDAGraph) -> Iterator[None]:
+def _capturing(graph: torch.cuda.CUDAGraph, pool: tuple[int, int], stream: torch.cuda.Stream) -> Iterator[None]:
     """Record what is launched in this thread; `torch.cuda.graph` would also empty torch's memory cache each time."""
     torch.cuda.synchronize()
-    stream, collects = torch.cuda.Stream(), gc.isenabled()
+    collects = gc.isenabled()
     gc.disable()  # a collected graph or event would be destroyed amid the capture
     try:
         with torch.cuda.stream(stream):
-            graph.capture_begin(capture_error_mode="thread_local")
+            graph.capture_begin(pool=pool, capture_error_mode="thread_local")
             try:
                 yield
             finally:

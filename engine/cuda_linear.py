@@ -5,12 +5,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from engine.kernels.linear_inputs import Norm, Seen
 from engine.kernels.small_batch_linear import (
     LinearConfig,
     LoadKernel,
-    Norm,
     PackedLinear,
-    Seen,
     Workspace,
     default_config,
     rows_measured,
@@ -33,7 +32,6 @@ class LinearBank:
     def __init__(self, device: torch.device | str, load: LoadKernel, choose: Choose) -> None:
         self._device, self._load, self._choose = device, load, choose
         self._workspace = Workspace(device)
-        self._outgrown: list[Tensor] = []  # captured graphs still write there
         self._configs: dict[tuple[int, ...], LinearConfig] = {}
 
     def prepare(self, matrices: Sequence[PackedLinear], rows: int) -> None:
@@ -71,20 +69,14 @@ class LinearBank:
 
     @property
     def num_bytes(self) -> int:
-        held = [self._workspace.partial, self._workspace.counters, *self._outgrown]
-        return sum(tensor.nbytes for tensor in held)
+        return self._workspace.partial.nbytes + self._workspace.counters.nbytes
 
     def config(self, weight: PackedLinear, rows: int) -> LinearConfig:
         """Return how a matrix is launched for so many rows."""
-        key = (weight.decode, weight.n, weight.k, rows_measured(rows))
+        key = (weight.decode, weight.n, weight.k, weight.is_normed, rows_measured(rows))
         if key not in self._configs:
             config = self._choose(weight, rows, Workspace(self._device))
-            self._reserve(config.workspace_floats(weight.n))
+            assert config.is_frugal(weight.n), f"{config} needs {config.workspace_floats(weight.n)} floats"
+            self._workspace.reserve(config.workspace_floats(weight.n))
             self._configs[key] = config
         return self._configs[key]
-
-    def _reserve(self, num_floats: int) -> None:
-        before = self._workspace.partial
-        self._workspace.reserve(num_floats)
-        if self._workspace.partial is not before:
-            self._outgrown.append(before)

@@ -84,6 +84,9 @@ class StepMemory:
             if self.capacity:
                 larger[:, :, : self.capacity] = getattr(self, name)
             setattr(self, name, larger)
+            del larger
+            if self.capacity and device == "cuda":
+                torch.cuda.empty_cache()  # what has been outgrown is of no use to anyone in this process
         self.capacity = capacity
         self.angles = rotary_angles(config.rope_theta, config.head_dim, capacity).to(device)
         return True

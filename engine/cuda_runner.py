@@ -223,6 +223,10 @@ class CudaRunner:
         self.graphs.run(key, lambda: self._launch_step(plan, drafter, chooser))
         return self._post(plan.num_nodes)
 
+    def forget_steps(self) -> None:
+        """Give back the memory of captured steps; those that are run again are captured again."""
+        self.graphs.forget(lambda key: isinstance(key, tuple) and key[0] == "step")
+
     def arrived(self, record: StepRecord) -> None:
         """Take note of a step that has been waited for."""
         self._length = record.length
@@ -238,7 +242,8 @@ class CudaRunner:
             keys = self._forward.best_of_tree(rows)
         else:
             keys = chooser.launch(self._forward.score_tree(rows), plan)
-        fused_ops.accept_greedy(keys, memory.tokens[:rows], plan.parents, memory.record, load=self.load)
+        tokens = memory.tokens[:rows]
+        fused_ops.accept_greedy(keys, tokens, plan.parents, memory.record, table=self.embedding, load=self.load)
         if chooser is not None:
             chooser.note_accepted()
         self._launch_commit(plan)

@@ -15,6 +15,7 @@ def compile_candidates(matrices: Sequence[PackedLinear], rows: Sequence[int]) ->
     for count in {rows_measured(count) for count in rows}:
         for matrix in matrices:
             for config in candidates(matrix.decode, count, matrix.n, matrix.k):
-                source, _, defines, _ = config.kernel(matrix.k, matrix.dtype)
+                norm = matrix.is_normed and config.can_normalize(matrix.k)
+                source, _, defines, _ = config.kernel(matrix.k, matrix.dtype, norm=norm)
                 jobs[source, defines] = None
     compile_ahead(jobs)

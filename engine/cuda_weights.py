@@ -78,10 +78,10 @@ def pack_backbone(
     layers = [
         PackedLayer(
             attention_norm=norm(layer.attention_norm),
-            qkv=pack(layer.query, layer.key, layer.value),
+            qkv=replace(pack(layer.query, layer.key, layer.value), is_normed=True),
             attention_output=pack(layer.attention_output),
             mlp_norm=norm(layer.mlp_norm),
-            gate_up=pack(layer.gate, layer.up, gate_up=True),
+            gate_up=replace(pack(layer.gate, layer.up, gate_up=True), is_normed=True),
             down=pack(layer.down),
         )
         for layer in weights.layers
@@ -90,7 +90,9 @@ def pack_backbone(
         embedding=dense_values(weights.embedding, device).to(dtype).contiguous(),
         layers=layers,
         norm=norm(weights.norm),
-        lm_head=pack_matrix([weights.lm_head], "int8" if quantize == "int8" else "none", dtype, device),
+        lm_head=replace(
+            pack_matrix([weights.lm_head], "int8" if quantize == "int8" else "none", dtype, device), is_normed=True
+        ),
     )
 
 

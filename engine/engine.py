@@ -13,6 +13,7 @@ from typing import NamedTuple
 from engine.answer import AnswerRecord
 from engine.build import Built, build_drafter, build_runner, choose_device, return_freed_memory, use_all_cores
 from engine.captured_decode import CapturedLoop, make_loop
+from engine.cuda_runner import CudaRunner
 from engine.draft import Drafter
 from engine.errors import ContextLengthError, EngineError
 from engine.models.head_formats import Target, read_heads
@@ -149,6 +150,8 @@ class Engine:
             return measure_step_times(timer, sizes, budget_s=_MEASURING_S[runner.device], say=say)
         finally:
             runner.truncate(0)
+            if isinstance(runner, CudaRunner):
+                runner.forget_steps()  # most of these trees were only measured
 
     def count_tokens(self, messages: Messages) -> int:
         """Count the prompt that `messages` make."""

@@ -14,16 +14,9 @@ from engine.kernels import small_batch_linear as small
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.draft_ops import draft_tokens, gather_seen, silu_rows
 from engine.kernels.int8_linear import Int8Weight, pack_int8
+from engine.kernels.linear_inputs import Norm, Seen
 from engine.kernels.nf4_linear import NF4_VALUES, Nf4Weight, code_tables, pack_nf4
-from engine.kernels.small_batch_linear import (
-    Decode,
-    LinearConfig,
-    Norm,
-    PackedLinear,
-    Seen,
-    Workspace,
-    run_linear,
-)
+from engine.kernels.small_batch_linear import Decode, LinearConfig, PackedLinear, Workspace, run_linear
 from engine.kernels.tree_attention import ancestor_table
 from engine.tree import CandidateTree
 

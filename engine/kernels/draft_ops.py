@@ -68,16 +68,20 @@ def draft_tokens(
     *,
     guesses: int,
     nodes: range,
+    table: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> None:
     """Give each node of `nodes` its row's guess of its rank, and the probability of that guess.
 
     logits float32 [rows, vocab]; row_of, rank_of, tokens int32 [all nodes], chances float32 [all nodes]; `guesses` is
-    1 + the highest rank among the nodes. `token_map` int32 [vocab] turns draft ids into token ids.
+    1 + the highest rank among the nodes. `token_map` int32 [vocab] turns draft ids into token ids. With the embeddings
+    `table` [tokens, hidden], the guesses' rows are brought on their way to the GPU's cache.
     """
     rows, vocab = logits.shape
     assert guesses <= min(MAX_GUESSES, vocab) and vocab <= MAX_VOCAB and vocab % 4 == 0, f"{guesses} guesses of {vocab}"
     per_thread = 1 << max(2, math.ceil(math.log2(vocab / 1024)))
     kernel = load(SOURCE, "draft_tokens", (*bf16_define(torch.float16), ("PER_THREAD", per_thread)))
-    arguments = [logits, token_map, row_of, rank_of, tokens, chances, vocab, guesses, nodes.start, nodes.stop]
+    row_bytes = 0 if table is None else table.shape[1] * table.element_size()
+    arguments = [logits, token_map, row_of, rank_of, tokens, chances, table, row_bytes]
+    arguments += [vocab, guesses, nodes.start, nodes.stop]
     kernel((rows,), 1024, arguments)

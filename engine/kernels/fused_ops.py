@@ -119,16 +119,24 @@ def best_tokens(keys: Tensor) -> Tensor:
 
 
 def accept_greedy(
-    keys: Tensor, tokens: Tensor, parents: Tensor, record: Tensor, *, load: LoadKernel = load_kernel
+    keys: Tensor,
+    tokens: Tensor,
+    parents: Tensor,
+    record: Tensor,
+    *,
+    table: Tensor | None = None,
+    load: LoadKernel = load_kernel,
 ) -> None:
     """Accept the longest path whose tokens are the target's argmax, fill the record and advance its length.
 
     keys [nodes, places] from `argmax_keys` or a linear's `best`; tokens and parents int32 [nodes] of at most 64 nodes.
+    With the embeddings `table` [vocab, hidden], the bonus token's row is brought on its way to the GPU's cache.
     """
     nodes, places = keys.shape
     assert nodes <= 64 and keys.is_contiguous(), f"{nodes} nodes; a tree has at most 64 with its root here"
     kernel = load(SOURCE, "accept_greedy", bf16_define(torch.float16))
-    kernel((1,), 512, [keys, tokens, parents, record, nodes, places])
+    row_bytes = 0 if table is None else table.shape[1] * table.element_size()
+    kernel((1,), 512, [keys, tokens, parents, record, table, row_bytes, nodes, places])
 
 
 def commit_path(

@@ -11,15 +11,17 @@ from dataclasses import asdict, dataclass, replace
 import torch
 from torch import Tensor
 
+from engine.kernels.linear_inputs import Norm, Seen
 from engine.kernels.nvrtc import Kernel, load_kernel, shared_memory_limit
 
 __all__ = [
-    "MAX_PLACES", "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "LoadKernel", "Norm", "PackedLinear", "Seen",
-    "Workspace", "default_config", "run_linear", "token_tiles_for",
+    "MAX_PLACES", "MAX_RESIDENT", "MAX_TOKENS", "Decode", "LinearConfig", "LoadKernel", "PackedLinear", "Workspace",
+    "default_config", "run_linear", "token_tiles_for",
 ]  # fmt: skip
 
 MAX_TOKENS = 64
 TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
+MAX_WORKSPACE = 2 << 20  # float32 partial sums
 MAX_PLACES = 640  # of which the largest result is told, so that one thread block looks through them quickly
 MAX_RESIDENT = 4096  # input features whose values a thread block may hold at once
 MAX_NORM_WIDTH = 2048  # input features that the kernel can normalise on their way
@@ -176,6 +178,10 @@ class LinearConfig:
         blocks = math.ceil(n / self.block_rows)
         return blocks * self.block_rows * self.parts * self.token_tiles * 8 if self.parts > 1 else 0
 
+    def is_frugal(self, n: int) -> bool:
+        """Say whether its partial sums fit the room that linears share."""
+        return self.workspace_floats(n) <= MAX_WORKSPACE
+
     def to_dict(self) -> dict[str, int]:
         return asdict(self)
 
@@ -185,7 +191,8 @@ class PackedLinear:
     """A matrix [N, K] in the kernel's order; N is a multiple of 16, K of 64.
 
     weights uint8, scales float32 and tables int32 as cuda/linear.cuh says; `decode` a value of `Decode`. With
-    `gate_up` the rows of gate and up alternate and the kernel answers silu(gate) * up, [tokens, N / 2].
+    `gate_up` the rows of gate and up alternate and the kernel answers silu(gate) * up, [tokens, N / 2]. `is_normed`
+    says that an RMSNorm stands before it, which a launch may do as well.
     """
 
     weights: Tensor
@@ -197,6 +204,7 @@ class PackedLinear:
     dtype: torch.dtype
     decode: int
     gate_up: bool = False
+    is_normed: bool = False
 
     def table(self, decode: int) -> Tensor | None:
         return self.pairs if decode == Decode.NF4_TABLE else self.byte_tables
@@ -207,7 +215,10 @@ class PackedLinear:
 
 
 class Workspace:
-    """Partial sums and arrival counters that linears on one stream share; it grows outside of graph capture only."""
+    """Partial sums and arrival counters that linears on one stream share.
+
+    It is made at the first need, outside of graph capture, with room for every configuration that `is_frugal`.
+    """
 
     def __init__(self, device: torch.device | str) -> None:
         self.partial = torch.empty(0, dtype=torch.float32, device=device)
@@ -215,7 +226,8 @@ class Workspace:
 
     def reserve(self, num_floats: int) -> None:
         if self.partial.numel() < num_floats:
-            self.partial = torch.empty(num_floats, dtype=torch.float32, device=self.partial.device)
+            size = max(num_floats, MAX_WORKSPACE)
+            self.partial = torch.empty(size, dtype=torch.float32, device=self.partial.device)
 
 
 def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
@@ -234,7 +246,8 @@ def default_config(n: int, k: int, tokens: int, decode: int) -> LinearConfig:
         cuts = [(2, 4, 2, 4 if tiles < 8 else 2, 1)]
     built = [LinearConfig(decode, tiles, *cut) for cut in (*cuts, (1, 4, 1, 2, 1))]
     permute = Decode.NF4_PERMUTE if decode == Decode.NF4_TABLE else decode  # needs no table in shared memory
-    return next((config for config in built if config.fits(k, limit)), replace(built[-1], decode=permute))
+    usable = (config for config in built if config.fits(k, limit) and config.is_frugal(n))
+    return next(usable, replace(built[-1], decode=permute))
 
 
 def token_tiles_for(tokens: int) -> int:
@@ -246,26 +259,6 @@ def token_tiles_for(tokens: int) -> int:
 def rows_measured(tokens: int) -> int:
     """Return the number of tokens whose measured launch serves so many: one, or the whole tiles of a launch."""
     return 1 if tokens == 1 else 8 * token_tiles_for(tokens)
-
-
-@dataclass(frozen=True)
-class Norm:
-    """An RMSNorm before the matrix: its weight [K], and where the normalised values go, if anywhere ([tokens, K])."""
-
-    weight: Tensor
-    eps: float
-    out: Tensor | None = None
-
-
-@dataclass(frozen=True)
-class Seen:
-    """A draft head's inputs, put together on their way; what `draft_ops.gather_seen` takes."""
-
-    table: Tensor
-    tokens: Tensor
-    record: Tensor
-    ancestor_at: Tensor
-    row_nodes: Tensor
 
 
 def run_linear(

@@ -14,8 +14,10 @@ from statistics import median
 import torch
 from torch import Tensor
 
+from engine.kernels import fused_ops
 from engine.kernels.dense_linear import pack_dense
-from engine.kernels.nvrtc import cache_folder, multiprocessors, shared_memory_limit
+from engine.kernels.linear_inputs import Norm
+from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import (
     MAX_PLACES,
     MAX_RESIDENT,
@@ -23,7 +25,6 @@ from engine.kernels.small_batch_linear import (
     LinearConfig,
     PackedLinear,
     Workspace,
-    default_config,
     rows_measured,
     run_linear,
     token_tiles_for,
@@ -94,7 +95,8 @@ def candidates(decode: int, tokens: int, n: int, k: int) -> list[LinearConfig]:
         built += [LinearConfig(way, tiles, *cut) for way in decodes for cut in CUTS[tiles]]
     if k >= WGMMA_LEAST_K and has_wgmma():
         built += wgmma_candidates(decode, tiles)
-    return [config for config in built if config.fits(k, limit) and config.block_rows <= max(16, n)]
+    usable = [config for config in built if config.fits(k, limit) and config.is_frugal(n)]
+    return [config for config in usable if config.block_rows <= max(16, n)]
 
 
 def wgmma_candidates(decode: int, tiles: int) -> list[LinearConfig]:
@@ -165,9 +167,10 @@ def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5)
     return median(times)
 
 
-def copies(weight: PackedLinear, at_least_bytes: int = 120 << 20) -> list[PackedLinear]:
+def copies(weight: PackedLinear) -> list[PackedLinear]:
     """Repeat a matrix so that a round over the copies finds none of it in the GPU's cache."""
-    count = min(64, 1 + at_least_bytes // weight.num_bytes)
+    cache_bytes = torch.cuda.get_device_properties().L2_cache_size
+    count = min(256, 1 + math.ceil(1.3 * cache_bytes / weight.num_bytes))
     scales = weight.scales
     return [
         replace(weight, weights=weight.weights.clone(), scales=None if scales is None else scales.clone())
@@ -181,18 +184,32 @@ def tune(
     """Time candidate configurations on this matrix: (microseconds, config), fastest first."""
     x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
     rounds = copies(weight)
-    out = run_linear(x, weight, default_config(weight.n, weight.k, tokens, weight.decode), workspace)
     tries = candidates(weight.decode, tokens, weight.n, weight.k) if tries is None else tries
+    tries = [config for config in tries if not _spills(config, weight)] or tries
+    out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
     timed = [(_time_config(x, rounds, config, workspace, out), config) for config in tries]
     return sorted(timed, key=lambda pair: pair[0])
 
 
+def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
+    """Say whether threads of the kernel keep values in memory, of which the driver then holds some for all of them."""
+    norm = weight.is_normed and config.can_normalize(weight.k)
+    kernel = load_kernel(*config.kernel(weight.k, weight.dtype, norm=norm))
+    return kernel.resources(config.threads, config.shared_bytes(weight.k))["spilled_bytes"] > 0
+
+
 def _time_config(
     x: Tensor, rounds: list[PackedLinear], config: LinearConfig, workspace: Workspace, out: Tensor
 ) -> float:
+    factors = torch.ones_like(x[0])
+    norm = Norm(factors, 1e-5) if rounds[0].is_normed and config.can_normalize(x.shape[1]) else None
+    normed = torch.empty_like(x)
+
     def launch(i: int) -> Tensor:
-        return run_linear(x, rounds[i % len(rounds)], config, workspace, out=out)
+        if rounds[0].is_normed and norm is None:
+            fused_ops.rms_norm(x, factors, 1e-5, out=normed)
+        return run_linear(x, rounds[i % len(rounds)], config, workspace, norm=norm, out=out)
 
     return time_graph(launch, max(len(rounds), 24), repeats=3)
 
@@ -200,10 +217,11 @@ def _time_config(
 def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
     """Return the fastest known configuration for this GPU, measuring it where nobody has yet."""
     rows = rows_measured(tokens)
-    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{rows}"
+    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{rows}{'/norm' * weight.is_normed}"
     table = _table()
     if key not in table:
         table[key] = tune(weight, rows, workspace)[0][1].to_dict()
+        torch.cuda.empty_cache()  # the copies
         _save(table)
     return LinearConfig(**table[key])
 

@@ -111,14 +111,16 @@ __device__ __forceinline__ void search_best(Row& row, const float (&kept)[PER_TH
 // Grid: rows, of 1024 threads. logits float32 [rows, vocab] of at most 1024 * PER_THREAD, a multiple of 4. A row's best
 // guesses go to the nodes from `first` to `last` (exclusive) whose row_of is this row: the guess of rank rank_of[node],
 // through token_map where there is one, and its probability. k: 1 + the highest rank, at most 64. Smaller indices come
-// first among equals.
+// first among equals. What is read of memory next, after a long step, is asked for ahead: the map, and the tokens' rows of
+// the embeddings `table`, of row_bytes each, where there is one.
 extern "C" __global__ void __launch_bounds__(ROW_THREADS) draft_tokens(
     const float* logits, const int* token_map, const int* row_of, const int* rank_of, int* tokens, float* chances,
-    int vocab, int k, int first, int last) {
+    const u8* table, int row_bytes, int vocab, int k, int first, int last) {
     SHARED Row row;
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32, node = first + threadIdx.x;
     const bool is_asked = node < last && row_of[node] == (int)blockIdx.x;
     const int my_rank = is_asked ? rank_of[node] : 0;
+    if (token_map && blockIdx.x == 0 && threadIdx.x == 0) prefetch_l2(token_map, vocab * 4);
     let_next_kernel_start();
     wait_for_previous_kernel();
     float kept[PER_THREAD];
@@ -170,6 +172,8 @@ extern "C" __global__ void __launch_bounds__(ROW_THREADS) draft_tokens(
     for (int i = 0; i < ROW_WARPS_ALL; ++i) sum += row.sums[i];
     const u64 key = row.best[my_rank];
     const int index = (int)index_of(key);
-    tokens[node] = token_map ? token_map[index] : index;
+    const int token = token_map ? token_map[index] : index;
+    tokens[node] = token;
+    if (table) prefetch_l2(table + (long long)token * row_bytes, row_bytes);
     chances[node] = __expf(value_of(key) - top) / sum;
 }

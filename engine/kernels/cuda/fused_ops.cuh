@@ -79,9 +79,11 @@ extern "C" __global__ void __launch_bounds__(256) argmax_chunks(const float* log
 
 // One thread block. Exact greedy acceptance: from the root, go to the child whose token is the target's argmax, while
 // there is one. Writes the step's record and moves the committed length.
-// keys [nodes, places]: a node's target is the index of its largest; tokens, parents [nodes], the root's parent -1.
+// keys [nodes, places]: a node's target is the index of its largest; tokens, parents [nodes], the root's parent -1. The
+// bonus token's row of the embeddings `table`, of row_bytes each, is asked for ahead.
 extern "C" __global__ void __launch_bounds__(ACCEPT_THREADS) accept_greedy(
-    const u64* keys, const int* tokens, const int* parents, int* record, int nodes, int places) {
+    const u64* keys, const int* tokens, const int* parents, int* record, const u8* table, int row_bytes, int nodes,
+    int places) {
     SHARED int targets[64];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
     int parent[2] = {-2, -2}, token[2] = {0, 0};  // of nodes lane and lane + 32
@@ -124,6 +126,7 @@ extern "C" __global__ void __launch_bounds__(ACCEPT_THREADS) accept_greedy(
         record[LENGTH] = length + accepted + 1;
         record[NUM_ACCEPTED] = accepted;
         record[BONUS] = targets[node];
+        if (table) prefetch_l2(table + (long long)targets[node] * row_bytes, row_bytes);
     }
 }
 

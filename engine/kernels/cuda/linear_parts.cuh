@@ -169,12 +169,13 @@ __device__ __forceinline__ void add_scaled(float (&sum)[4], float2 scale, const 
     sum[3] = fmaf(scale.y, product[3], sum[3]);
 }
 
-__device__ __forceinline__ float silu(float x) { return x / (1.0f + __expf(-x)); }
+__device__ __forceinline__ float silu(float x) { return divide_fast(x, 1.0f + exp2_fast(-1.4426950408889634f * x)); }
 
 // Where rows `row` and `row + 1` of one token lie in the residual and, but for SWIGLU, in y.
 __device__ __forceinline__ long long pair_at(int token, int row, int n) { return (long long)token * n + row; }
 
-// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair.
+// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair. Callers scale with __fmul_rn,
+// which the compiler never joins with the residual's addition: it might in one kernel and not in the other.
 __device__ __forceinline__ void write_pair(
     u16* y, u32 before, int token, int row, int n, int epilogue, float low, float high) {
     if (epilogue == SWIGLU) {  // gate and up rows are interleaved
@@ -292,7 +293,8 @@ __device__ __forceinline__ void write_sums(
             for (int i = 0; i < 2; ++i) {
                 int token = tt * 8 + 2 * q + i;
                 if (token < tokens)
-                    write_pair(y, residual, token, row, n, epilogue, s[i] * scale.x, s[i + 2] * scale.y);
+                    write_pair(y, residual, token, row, n, epilogue, __fmul_rn(s[i], scale.x),
+                               __fmul_rn(s[i + 2], scale.y));
             }
         }
     }

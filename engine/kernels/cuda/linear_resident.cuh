@@ -9,9 +9,7 @@
 // slices.
 
 #include "linear_parts.cuh"
-#include "norm_parts.cuh"
 #include "reductions.cuh"
-#include "seen_parts.cuh"
 
 constexpr int WARPS = ROW_WARPS * SLICE_WARPS;
 constexpr int GROUP = SLICES / SLICE_WARPS;
@@ -22,89 +20,20 @@ constexpr int ROW_PIECES = BLOCKS * 8;  // of 16 bytes, in a token's values
 constexpr int PITCH = K * 2 + 16;  // the 16 keep eight tokens of a load on different banks
 constexpr int FRAGMENTS = BLOCK_ROW_TILES * TOKEN_TILES;  // of 16 rows x 8 tokens, whose sums go through the exchange
 constexpr int FINISHED = (FRAGMENTS + WARPS - 1) / WARPS;  // fragments whose slices a warp adds, and which it writes
+constexpr int TURNS = (TOKEN_TILES * 8 + WARPS - 1) / WARPS;  // in which the warps bring the tokens' values, a warp a token
+constexpr int LANE_PIECES = (ROW_PIECES + 31) / 32;
+// Whether weights are decoded while the values are on their way: where nothing else needs the registers.
+constexpr bool EARLY = DECODE != 0 && ROW_LOOP == 1 && SLOTS * ROW_TILES <= 4;
 constexpr int TOGETHER = TOKEN_TILES < 4 ? TOKEN_TILES : 4;  // token tiles whose products are interleaved
 
-#if NORM
-constexpr int LANE_PIECES = (ROW_PIECES + 31) / 32;
-static_assert(ROW_PIECES <= NORM_PLACES, "a lane's places hold one piece each");
-constexpr int ROWS_AT_ONCE = TOKEN_TILES * 8 >= 2 * WARPS && LANE_PIECES <= 4 ? 2 : 1;
-
-// Normalise all tokens' values into shared memory, a warp a token. `factors` are a lane's pieces of the norm's weight.
-__device__ __forceinline__ void stage_normalized(
-    u8* shared, const u16* x, const uint4 (&factors)[LANE_PIECES], u16* normed, int tokens, float eps, int warp,
-    int lane) {
-    for (int first = warp; first < tokens; first += WARPS * ROWS_AT_ONCE) {
-        uint4 kept[ROWS_AT_ONCE][LANE_PIECES];
-#pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; ++r)
-#pragma unroll
-            for (int i = 0; i < LANE_PIECES; ++i) {
-                const int token = first + r * WARPS, piece = lane + i * 32;
-                kept[r][i] = make_uint4(0, 0, 0, 0);
-                if (token < tokens && piece < ROW_PIECES) kept[r][i] = ((const uint4*)x)[token * ROW_PIECES + piece];
-            }
-#pragma unroll
-        for (int r = 0; r < ROWS_AT_ONCE; ++r) {
-            const int token = first + r * WARPS;
-            float sum = add_squares(0.0f, kept[r][0]);
-#pragma unroll
-            for (int i = 1; i < LANE_PIECES; ++i) sum += add_squares(0.0f, kept[r][i]);
-            const float scale = norm_scale(sum, K, eps);
-#pragma unroll
-            for (int i = 0; i < LANE_PIECES; ++i) {
-                const int piece = lane + i * 32;
-                if (token >= tokens || piece >= ROW_PIECES) continue;
-                const uint4 result = normalized(kept[r][i], factors[i], scale);
-                *(uint4*)(shared + token * PITCH + piece * 16) = result;
-                if (normed && blockIdx.x == 0) ((uint4*)normed)[token * ROW_PIECES + piece] = result;
-            }
-        }
-    }
-}
-#endif
-
-#if SEEN
-constexpr int SEEN_PIECES = ROW_PIECES / (1 + SEEN);
-constexpr int SEEN_LANE_PIECES = (SEEN_PIECES + 31) / 32;
-
-// A draft head's inputs are put into shared memory by a warp a hidden state or embedding, in turns: lane i looks up the
-// token of turn i. Where it stands in the tree is known before the previous kernel's end: 0 the root, -1 no token.
-__device__ __forceinline__ int seen_place(const int* ancestor_at, const int* row_nodes, int tokens, int warp, int lane) {
-    const int item = warp + lane * WARPS, slot = item % (1 + SEEN);
-    return slot == 0 || item >= tokens * (1 + SEEN) ? -1 : ancestor_at[row_nodes[item / (1 + SEEN)] * NEAR + slot - 1];
-}
-
-__device__ __forceinline__ void stage_seen(
-    u8* shared, const u16* state, const uint4* table, const int* drafted, const int* record, int place, int tokens,
-    int warp, int lane) {
-    const int token = place < 0 ? 0 : seen_token(drafted, record, place);
-    for (int turn = 0, item = warp; item < tokens * (1 + SEEN); ++turn, item += WARPS) {
-        const int slot = item % (1 + SEEN);
-        const uint4* row = table + (long long)__shfl_sync(~0u, token, turn) * SEEN_PIECES;
-        const uint4* from = slot == 0 ? (const uint4*)state : row;
-        uint4 kept[SEEN_LANE_PIECES];
-        float sum = 0.0f;
-#pragma unroll
-        for (int i = 0; i < SEEN_LANE_PIECES; ++i) {
-            kept[i] = make_uint4(0, 0, 0, 0);
-            if (lane + i * 32 < SEEN_PIECES) kept[i] = from[lane + i * 32];
-            sum = add_squares(sum, kept[i]);
-        }
-        const float scale = slot == 0 ? 1.0f : norm_scale(sum, SEEN_PIECES * 8, SEEN_EPS);
-        u8* to = shared + item / (1 + SEEN) * PITCH + slot * SEEN_PIECES * 16;
-#pragma unroll
-        for (int i = 0; i < SEEN_LANE_PIECES; ++i)
-            if (lane + i * 32 < SEEN_PIECES) *(uint4*)(to + (lane + i * 32) * 16) = scaled(kept[i], scale);
-    }
-}
-#endif
+#include "resident_values.cuh"
 
 // Grid: row tiles / BLOCK_ROW_TILES, or fewer with ROW_LOOP. With NORM, norm [K] is the norm's weight and `normed`
 // [tokens, K], where there is one, gets the normalised values. With SEEN, x is the hidden state [1, K / (1 + SEEN)],
-// norm the embeddings [vocab, K / (1 + SEEN)], and the last four arguments are those of gather_seen;
-// a warp has at most 32 turns. With BEST, y is
-// u64 [tokens, gridDim.x * BLOCK_ROW_TILES]: the key of the largest among the rows of one place in a thread block.
-// residual_stride: from a token's residual to the next one's, n or 0. The other arguments are those of linear.cuh.
+// norm the embeddings [vocab, K / (1 + SEEN)], and the last four arguments are those of gather_seen; a warp has at most
+// 32 turns. With BEST, y is u64 [tokens, gridDim.x * BLOCK_ROW_TILES]: the key of the largest among the rows of one place
+// in a thread block. residual_stride: from a token's residual to the next one's, n or 0. The other arguments are those
+// of linear.cuh.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_resident(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, const u16* norm,
     u16* normed, u16* y, int tokens, int n, int residual_stride, int epilogue, float eps, const int* drafted,
@@ -145,6 +74,13 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
     };
     fetch_row_scales(blockIdx.x);
     const Tables tables = load_tables(table);
+    auto decode = [&](int slot, u32(&a)[ROW_TILES][4][4]) {
+#pragma unroll
+        for (int t = 0; t < ROW_TILES; ++t) {
+            decode_half(ahead[slot][t], 0, tables, a[t]);
+            decode_half(ahead[slot][t], 1, tables, a[t]);
+        }
+    };
 #if NORM
     uint4 factors[LANE_PIECES];
 #pragma unroll
@@ -159,15 +95,19 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
+    u32 early[EARLY ? SLOTS : 1][ROW_TILES][4][4];
+    auto decode_early = [&] {
+        if (!EARLY) return;
+#pragma unroll
+        for (int slot = 0; slot < SLOTS; ++slot)
+            if (is_there(slot)) decode(slot, early[EARLY ? slot : 0]);
+    };
 #if NORM
-    stage_normalized(shared, x, factors, normed, tokens, eps, warp, lane);
+    stage_normalized(shared, x, factors, normed, tokens, eps, warp, lane, decode_early);
 #elif SEEN
-    stage_seen(shared, x, (const uint4*)norm, drafted, record, place, tokens, warp, lane);
+    stage_seen(shared, x, (const uint4*)norm, drafted, record, place, tokens, warp, lane, decode_early);
 #else
-    for (int token = warp; token < tokens; token += WARPS)
-        for (int piece = lane; piece < ROW_PIECES; piece += 32)
-            copy16_async(shared + token * PITCH + piece * 16, x + (token * ROW_PIECES + piece) * 8);
-    commit_copies();
+    stage_copied(shared, x, tokens, warp, lane, decode_early);
 #endif
     float4* exchange = (float4*)(shared + TOKEN_TILES * 8 * PITCH);
     const u8* values = shared + (lane & 7) * PITCH + (lane >> 3) * 16 + first_slice * 128;
@@ -183,22 +123,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
                 if (epilogue == ADD_RESIDUAL && is_mine(i, row_block) && token < tokens)
                     before[i][j] = *(const u32*)(residual + (long long)token * residual_stride + row);
             }
-        if (row_block == (int)blockIdx.x) {
-            wait_copies<0>();
-            __syncthreads();
-        }
+        if (row_block == (int)blockIdx.x) __syncthreads();
         float sums[ROW_TILES][GROUP][TOKEN_TILES][4] = {};
 #pragma unroll
         for (int slot = 0; slot < SLOTS; ++slot) {
             if (is_there(slot)) {
-                u32 a[ROW_TILES][4][4];
+                u32 late[ROW_TILES][4][4];
+                u32(&a)[ROW_TILES][4][4] = EARLY ? early[EARLY ? slot : 0] : late;
+                if (!EARLY) decode(slot, a);
                 float2 scale[ROW_TILES];
 #pragma unroll
-                for (int t = 0; t < ROW_TILES; ++t) {
-                    decode_half(ahead[slot][t], 0, tables, a[t]);
-                    decode_half(ahead[slot][t], 1, tables, a[t]);
-                    scale[t] = ahead[slot][t].scale;
-                }
+                for (int t = 0; t < ROW_TILES; ++t) scale[t] = ahead[slot][t].scale;
                 if (ROW_LOOP > 1) fetch(slot, row_block + gridDim.x);
 #pragma unroll
                 for (int first = 0; first < TOKEN_TILES; first += TOGETHER) {
@@ -267,13 +202,17 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
             const int token = fragment(i) % TOKEN_TILES * 8 + 2 * (lane & 3);
             const int row = tile_of(i, row_block) * 16 + 2 * (lane >> 2);
             const float2 by = row_scales[i];
+            const float results[2][2] = {{__fmul_rn(sum.x, by.x), __fmul_rn(sum.z, by.y)},
+                                        {__fmul_rn(sum.y, by.x), __fmul_rn(sum.w, by.y)}};  // [token, row]
+#pragma unroll
+            for (int j = 0; j < 2; ++j) {
 #if BEST
-            best[i][0] = max(best[i][0], max(ordered(sum.x * by.x, row), ordered(sum.z * by.y, row + 1)));
-            best[i][1] = max(best[i][1], max(ordered(sum.y * by.x, row), ordered(sum.w * by.y, row + 1)));
+                best[i][j] = max(best[i][j], max(ordered(results[j][0], row), ordered(results[j][1], row + 1)));
 #else
-            if (token < tokens) write_pair(y, before[i][0], token, row, n, epilogue, sum.x * by.x, sum.z * by.y);
-            if (token + 1 < tokens) write_pair(y, before[i][1], token + 1, row, n, epilogue, sum.y * by.x, sum.w * by.y);
+                if (token + j < tokens)
+                    write_pair(y, before[i][j], token + j, row, n, epilogue, results[j][0], results[j][1]);
 #endif
+            }
         }
         if (ROW_LOOP == 1) break;
         fetch_row_scales(row_block + gridDim.x);
