@@ -34,6 +34,7 @@ struct Fiber {  // lives on from block to block; turns are taken by jumps, which
     std::vector<u8> stack;
     Index3 thread;
     int block, warp;  // among those of the cluster
+    int waits_for;  // the generation of the cluster's barrier that it has arrived in
     bool done, started;
 };
 struct Warp {
@@ -54,7 +55,7 @@ static std::vector<Warp> warps;
 static std::vector<Block> blocks;
 static Barrier cluster;
 static jmp_buf scheduler;
-static int current, alive;
+static int current, alive, cluster_threads;
 static Index3 grid_size, block_size;
 static std::function<void()> body;
 
@@ -74,7 +75,8 @@ inline void leave() {
     --alive;
     --warp.alive;
     open_if_full(own_block().all, --own_block().alive);
-    open_if_full(cluster, alive);
+    if (self().waits_for != cluster.generation) ++cluster.arrived;  // who ends without having arrived is not waited for
+    open_if_full(cluster, cluster_threads);
     if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
 }
 inline void entry() {
@@ -127,7 +129,7 @@ inline void run_cluster(const Index3* indices, int count, int threads, size_t sh
     const int block_warps = (threads + 31) / 32;
     warps.assign(count * block_warps, Warp());
     blocks.assign(count, Block());
-    alive = count * threads;
+    alive = cluster_threads = count * threads;
     cluster = Barrier();
     for (int b = 0; b < count; ++b) {
         blocks[b].index = indices[b];
@@ -139,6 +141,7 @@ inline void run_cluster(const Index3* indices, int count, int threads, size_t sh
             fiber.block = b;
             fiber.warp = b * block_warps + i / 32;
             fiber.done = false;
+            fiber.waits_for = -1;
         }
     }
     while (alive > 0)
@@ -180,10 +183,23 @@ inline u8* aligned_shared(Block& block) { return (u8*)(((uintptr_t)block.shared.
 #define blockDim (emulator::block_size)
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void barrier(int id, int threads) { emulator::meet(emulator::own_block().named[id], threads); }
-inline void cluster_barrier() { emulator::meet(emulator::cluster, emulator::alive); }
-inline float2 load_peer8(const void* mine, int rank) {
+inline void cluster_arrive() {
+    emulator::self().waits_for = emulator::cluster.generation;
+    ++emulator::cluster.arrived;
+    emulator::open_if_full(emulator::cluster, emulator::cluster_threads);
+}
+inline void cluster_wait() { while (emulator::self().waits_for == emulator::cluster.generation) emulator::give_way(); }
+inline void make_mailbox(void* mailbox, int bytes) { *(u64*)mailbox = bytes; }
+inline void await_mailbox(void* mailbox) {
+    for (int turns = 0; *(volatile u64*)mailbox; ++turns) {
+        if (turns > 100000) { fprintf(stderr, "a mailbox lacks %lld bytes\n", *(long long*)mailbox); abort(); }
+        emulator::give_way();
+    }
+}
+inline void send8(void* to, void* mailbox, int rank, float2 v) {
     u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
-    return *(const float2*)(peer + ((const u8*)mine - own));
+    *(float2*)(peer + ((u8*)to - own)) = v;
+    *(u64*)(peer + ((u8*)mailbox - own)) -= 8;
 }
 inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
 inline void __threadfence() {}
