@@ -183,6 +183,10 @@ inline u8* aligned_shared(Block& block) { return (u8*)(((uintptr_t)block.shared.
 #define blockDim (emulator::block_size)
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void barrier(int id, int threads) { emulator::meet(emulator::own_block().named[id], threads); }
+inline void barrier_arrive(int id, int threads) {
+    ++emulator::own_block().named[id].arrived;
+    emulator::open_if_full(emulator::own_block().named[id], threads);
+}
 inline void cluster_arrive() {
     emulator::self().waits_for = emulator::cluster.generation;
     ++emulator::cluster.arrived;

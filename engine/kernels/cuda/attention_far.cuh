@@ -142,6 +142,7 @@ __device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* val
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, matrix = lane >> 3, r = lane & 7;
     u16* weights = (u16*)(memory + WEIGHTS_AT);
     uint4 v;  // two tiles of eight dims, or two units of one
+    float odd[ROW_TILES][4] = {};  // with one tile, the odd units' sums: two chains of products take half the time
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) {
         if (16 * unit >= positions) break;
@@ -155,10 +156,16 @@ __device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* val
         for (int tile = 0; tile < ROW_TILES; ++tile) {
             uint4 a = load_matrices(
                 piece_at<FAR_BLOCK>(weights, 16 * tile + 8 * (matrix & 1) + r, 2 * unit + (matrix >> 1)));
-            multiply16x8x16(state.sums[tile][0], a.x, a.y, a.z, a.w, v.x, v.y);
+            float(&sums)[4] = DIM_TILES == 1 && unit % 2 ? odd[tile] : state.sums[tile][0];
+            multiply16x8x16(sums, a.x, a.y, a.z, a.w, v.x, v.y);
             if (DIM_TILES == 2) multiply16x8x16(state.sums[tile][DIM_TILES - 1], a.x, a.y, a.z, a.w, v.z, v.w);
         }
     }
+    if (DIM_TILES == 1)
+#pragma unroll
+        for (int tile = 0; tile < ROW_TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state.sums[tile][0][i] += odd[tile][i];
 }
 
 // The peak and total of row threadIdx.x, a thread a row.

@@ -39,7 +39,7 @@ constexpr int MARKS_AT = TOTALS_AT + ROWS * UNITS * 4;  // (peak, total)
 constexpr int MAILBOX_AT = MARKS_AT + PARTS * OWN_ROWS * 8, LAST_AT = MAILBOX_AT + 16;
 static_assert(SLOTS * OWN_ROWS * HEAD_DIM * 4 <= BLOCK_VALUES * 2, "the far sums need the room of a block's keys");
 
-enum { FAR_BARRIER = 1, ALL_BARRIER = 2 };
+enum { FAR_BARRIER = 1, QUERY_BARRIER = 2 };
 
 // A thread block's place: one of SLOTS that share the rows of `first_task` and on of one key/value head.
 struct Place {

@@ -173,6 +173,10 @@ __device__ __forceinline__ uint4 load_matrices_transposed(const void* row) {
 __device__ __forceinline__ void barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Count among those threads without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 #if __CUDA_ARCH__ >= 900
 // All threads of a cluster arrive, once; who has waited knows that all have. It orders nothing but what was read before:

@@ -72,14 +72,14 @@ __device__ __forceinline__ int expect_parts(u8* memory, const Place& place) {
 __device__ __forceinline__ bool is_last(u8* memory, u32* counter) {
     u32* last = (u32*)(memory + MAILBOX_AT);
     __threadfence();
-    barrier(ALL_BARRIER, THREADS);
+    __syncthreads();
     if (threadIdx.x == 0) {
         u32 arrived = atomicAdd(counter, 1u);
         if (arrived == SLOTS - 1) *counter = 0;
         *last = arrived == SLOTS - 1;
         __threadfence();
     }
-    barrier(ALL_BARRIER, THREADS);
+    __syncthreads();
     return *last;
 }
 
@@ -113,13 +113,14 @@ __device__ __forceinline__ void far_warps(
                            threadIdx.x % (PIECES / 2) * 8);
     wait_for_previous_kernel();
     place_queries((u16*)(memory + QUERY_AT), in.qkv, in.angles, in.depth, place, turns);
-    wait_copies<2 * STAGES - 1>();
-    barrier(ALL_BARRIER, THREADS);  // the queries are there, and the first block's keys
+    barrier_arrive(QUERY_BARRIER, THREADS);
     if (rounds <= 0) {
         keys_done();
         wait_until_keys_done();
         return;
     }
+    wait_copies<2 * STAGES - 1>();
+    barrier(FAR_BARRIER, FAR_THREADS);  // the queries are there, and the first block's keys
     FarState state = {};
     state.row_peak = -INFINITY;
 #pragma unroll
@@ -136,7 +137,7 @@ __device__ __forceinline__ void near_warp(
     const int warp = threadIdx.x / 32 - FAR_WARPS, task = place.first_task + warp * SLOTS + place.slot;
     if (warp * SLOTS + place.slot >= TASKS || task >= place.num_tasks) {
         wait_for_previous_kernel();
-        barrier(ALL_BARRIER, THREADS);
+        barrier_arrive(QUERY_BARRIER, THREADS);
         wait_until_keys_done();
         return;
     }
@@ -148,17 +149,19 @@ __device__ __forceinline__ void near_warp(
     wait_for_previous_kernel();
     NearKeys near;
     fetch_near(near, near_values, in.qkv, in.keys, in.values, place, owner, first);
-    barrier(ALL_BARRIER, THREADS);  // the queries are there
-    wait_copies<0>();
+    wait_copies<1>();
     __syncwarp();
     rotate_near(near, angles, first, place.length);
+    barrier(QUERY_BARRIER, THREADS);
+    float scores[2][4] = {};
+    const int first_row = (task - place.first_task) * TASK_HEADS;
+    score_near(scores, near, (u16*)(memory + QUERY_AT), first_row);
+    wait_copies<0>();
+    __syncwarp();
     if (scratch_keys && task % NODE_TASKS == 0) {
         long long at = ((long long)node * place.kv_heads + place.kv_head) * HEAD_DIM;
         write_scratch(near, near_values, scratch_keys + at, scratch_values + at);
     }
-    float scores[2][4] = {};
-    const int first_row = (task - place.first_task) * TASK_HEADS;
-    score_near(scores, near, (u16*)(memory + QUERY_AT), first_row);
     const NearWeights weights = weigh_near(scores, first, scale);
     wait_until_keys_done();
     send_near(weights, near_values, exchange, place, first_row);
