@@ -279,13 +279,13 @@ inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b
     emulator::Warp& warp = emulator::own_warp();
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
-    memcpy(warp.exchange[lane], mine, sizeof mine);
+    float* values = (float*)warp.exchange[lane];  // once a lane, not once a product
+    for (int i = 0; i < 6; ++i) {
+        values[2 * i] = to_float((u16)mine[i]);
+        values[2 * i + 1] = to_float((u16)(mine[i] >> 16));
+    }
     emulator::warp_barrier();
-    auto half = [&](int from, int reg, int upper) {
-        u32 value;
-        memcpy(&value, (u32*)warp.exchange[from] + reg, 4);
-        return (double)to_float((u16)(upper ? value >> 16 : value));
-    };
+    auto half = [&](int from, int reg, int upper) { return (double)((float*)warp.exchange[from])[2 * reg + upper]; };
     for (int i = 0; i < 4; ++i) {
         int row = i / 2, column = 2 * q + i % 2;
         double sum = c[i];
