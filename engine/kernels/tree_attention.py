@@ -85,16 +85,17 @@ class AttentionConfig:
     @property
     def shared_bytes(self) -> int:
         """Return LAST_AT of cuda/attention_parts.cuh."""
-        head_dim, rows, near_rows = self.shape.head_dim, 16 * self.row_tiles, self.near_warps * self.task_heads
+        head_dim, rows = self.shape.head_dim, 16 * self.row_tiles
         blocks = 4 * self.stages * self.far_block * head_dim
         operands = rows * (head_dim + self.far_block) * 2 + self.near_warps * NEAR * head_dim * 2
-        sums = NEAR * head_dim * 4 + near_rows * head_dim * 4
-        return blocks + operands + sums + rows * self.far_block // 16 * 8 + (rows + near_rows) * 8
+        own_rows = rows // SLOTS
+        sums = NEAR * head_dim * 4 + own_rows * head_dim * 4
+        return blocks + operands + sums + rows * self.far_block // 16 * 8 + (SLOTS + 1) * own_rows * 8 + 16
 
     @property
-    def part_floats(self) -> int:
-        """Floats of a thread block's partial sums, where they go through global memory."""
-        return (16 * self.row_tiles + self.near_warps * self.task_heads) * (self.shape.head_dim + 2)
+    def workspace_floats(self) -> int:
+        """Return the partial sums of the thread blocks that share rows, where they go through global memory."""
+        return 0 if self.cluster else (SLOTS + 1) * 16 * self.row_tiles * (self.shape.head_dim + 2)
 
     @property
     def defines(self) -> Defines:
@@ -131,10 +132,10 @@ class AttentionWorkspace:
         self._configs = [
             config or default_config(shape, count, cluster=cluster, shared_limit=limit) for count in range(1, nodes + 1)
         ]
-        blocks = [math.prod(config.grid(count + 1)) for count, config in enumerate(self._configs)]
-        floats = [0 if c.cluster else c.part_floats * n for c, n in zip(self._configs, blocks, strict=True)]
+        groups = [math.prod(config.grid(count + 1)) // SLOTS for count, config in enumerate(self._configs)]
+        floats = [c.workspace_floats * number for c, number in zip(self._configs, groups, strict=True)]
         self.partial = torch.empty(max(floats), dtype=torch.float32, device=device)
-        self.counters = torch.zeros(max(blocks) // SLOTS, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(max(groups), dtype=torch.int32, device=device)
 
     def config(self, nodes: int) -> AttentionConfig:
         assert nodes <= self.nodes, f"{nodes} nodes; the workspace was built for {self.nodes}"

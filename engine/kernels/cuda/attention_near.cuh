@@ -88,11 +88,15 @@ __device__ __forceinline__ void score_near(float (&scores)[2][4], const NearKeys
     }
 }
 
-// The sums of the task's heads, rows from `row` on of `sums` and `marks`.
-__device__ __forceinline__ void add_near(
-    float (&scores)[2][4], u16* near_values, float* sums, float2* marks, int row, int first, float scale) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, matrix = lane >> 3, r = lane & 7;
-    u32 weights[2][2];
+// What 16 keys' scores weigh, and the sum of their weights, for rows g and g + 8 of the task's heads.
+struct NearWeights {
+    u32 pairs[2][2];  // [half][row]
+    float2 marks[2];  // (peak, total)
+};
+
+__device__ __forceinline__ NearWeights weigh_near(const float (&scores)[2][4], int first, float scale) {
+    const int q = threadIdx.x & 3;
+    NearWeights weights;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         float peak = -INFINITY, total = 0.0f, s[4];
@@ -108,23 +112,40 @@ __device__ __forceinline__ void add_near(
             s[j] = exp2_fast(s[j] - peak);
             total += s[j];
         }
-        total = quad_sum(total);
-        weights[0][i] = pack2(s[0], s[1]);
-        weights[1][i] = pack2(s[2], s[3]);
-        if (q == 0 && g + 8 * i < TASK_HEADS) marks[row + g + 8 * i] = make_float2(peak, total);
+        weights.marks[i] = make_float2(peak, quad_sum(total));
+        weights.pairs[0][i] = pack2(s[0], s[1]);
+        weights.pairs[1][i] = pack2(s[2], s[3]);
+    }
+    return weights;
+}
+
+// Make the sums of the task's heads, whose rows start at first_row, and hand them to who adds them.
+__device__ __forceinline__ void send_near(
+    const NearWeights& weights, u16* near_values, const Exchange& exchange, const Place& place, int first_row) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, matrix = lane >> 3, r = lane & 7;
+    bool exists[2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = first_row + g + 8 * i;
+        exists[i] = g + 8 * i < TASK_HEADS && row_owner(place, row).node >= 0;
+        if (exists[i] && q == 0) exchange.put(exchange.mark(SLOTS, row), row, weights.marks[i]);
     }
 #pragma unroll
     for (int pair = 0; pair < PIECES / 2; ++pair) {
-        uint4 v = load_matrices_transposed(piece_at<HEAD_DIM>(near_values, 8 * (matrix & 1) + r, 2 * pair + (matrix >> 1)));
+        uint4 v = load_matrices_transposed(
+            piece_at<HEAD_DIM>(near_values, 8 * (matrix & 1) + r, 2 * pair + (matrix >> 1)));
         float products[2][4] = {};
-        multiply16x8x16(products[0], weights[0][0], weights[0][1], weights[1][0], weights[1][1], v.x, v.y);
-        multiply16x8x16(products[1], weights[0][0], weights[0][1], weights[1][0], weights[1][1], v.z, v.w);
+        const u32(&w)[2][2] = weights.pairs;
+        multiply16x8x16(products[0], w[0][0], w[0][1], w[1][0], w[1][1], v.x, v.y);
+        multiply16x8x16(products[1], w[0][0], w[0][1], w[1][0], w[1][1], v.z, v.w);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (g + 8 * i < TASK_HEADS)
+        for (int i = 0; i < 2; ++i) {
+            if (!exists[i]) continue;
+            const int row = first_row + g + 8 * i;
 #pragma unroll
-                for (int n = 0; n < 2; ++n)
-                    *(float2*)(sums + sum_at(row + g + 8 * i, 16 * pair + 8 * n + 2 * q)) =
-                        make_float2(products[n][2 * i], products[n][2 * i + 1]);
+            for (int n = 0; n < 2; ++n)
+                exchange.put((float2*)(exchange.sums(SLOTS, row) + 16 * pair + 8 * n + 2 * q), row,
+                             make_float2(products[n][2 * i], products[n][2 * i + 1]));
+        }
     }
 }
