@@ -34,24 +34,20 @@ class Forward:
         self._chunk_depths = {
             rows: torch.arange(-rows, 0, dtype=torch.int32).to(memory.device) for rows in CHUNKS
         }  # counted back from the chunk's end: all its keys are in the cache by then
-        self._no_ancestors = torch.zeros(max(CHUNKS), 16, dtype=torch.int32, device=memory.device)
 
     def tree(self, plan: TreePlan) -> None:
         """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token."""
         memory, rows = self._memory, plan.num_nodes
         keys, values = memory.scratch(rows)
-        query = memory.query[:rows]
 
-        def place(layer: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
-            fused_ops.rotate_and_split(
-                qkv, memory.angles, memory.record, plan.depth, query, keys[layer], values[layer], load=self._load
-            )
-            return keys[layer], values[layer]
+        def attend(layer: int, qkv: Tensor) -> None:
+            cache = memory.cache_keys[layer], memory.cache_values[layer]
+            self._attend(qkv, memory.record, plan.depth, plan.ancestor_at, cache, (keys[layer], values[layer]))
 
         fused_ops.embed_tokens(
             memory.tokens[:rows], self._weights.embedding, memory.record, memory.x[:rows], load=self._load
         )
-        self._layers(rows, place, memory.record, plan.depth, plan.ancestor_at)
+        self._layers(rows, attend)
 
     def finish_tree(self, rows: int) -> None:
         """Put the hidden states of the tree's nodes where `commit` reads them."""
@@ -79,17 +75,16 @@ class Forward:
     def chunk(self, rows: int) -> None:
         """Run `rows` tokens of a prompt, which end before row `span` of the text; `x` gets what leaves the layers."""
         memory, depth = self._memory, self._chunk_depths[rows]
-        query, unused = memory.query[:rows], memory.scratch(rows)
 
-        def place(layer: int, qkv: Tensor) -> tuple[Tensor, Tensor]:
+        def attend(layer: int, qkv: Tensor) -> None:
             cache = memory.cache_keys[layer], memory.cache_values[layer]
-            fused_ops.rotate_into_cache(qkv, memory.angles, memory.span, depth, query, *cache, load=self._load)
-            return unused[0][layer], unused[1][layer]
+            fused_ops.rotate_into_cache(qkv, memory.angles, memory.span, depth, *cache, load=self._load)
+            self._attend(qkv, memory.span, depth, None, cache, None)
 
         fused_ops.embed_tokens(
             memory.chunk_tokens[:rows], self._weights.embedding, None, memory.x[:rows], load=self._load
         )
-        self._layers(rows, place, memory.span, depth, self._no_ancestors)
+        self._layers(rows, attend)
 
     def finish_chunk(self, row: int) -> None:
         """Put the hidden state of a chunk's row where the heads read it."""
@@ -107,33 +102,12 @@ class Forward:
         self.finish_tree(rows)
         return self._linear(memory.hidden[:rows], lm_head, best=best, out=out)
 
-    def _layers(
-        self,
-        rows: int,
-        place: Callable[[int, Tensor], tuple[Tensor, Tensor]],
-        length: Tensor,
-        depth: Tensor,
-        ancestor_at: Tensor,
-    ) -> None:
+    def _layers(self, rows: int, attend: Callable[[int, Tensor], None]) -> None:
         memory, linear = self._memory, self._linear
-        x, attended = memory.x[:rows], memory.attended[:rows]
+        x, attended = memory.x[:rows], memory.attended[:rows].flatten(1)
         for index, layer in enumerate(self._weights.layers):
-            scratch = place(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
-            tree_attention(
-                memory.query[:rows],
-                memory.cache_keys[index],
-                memory.cache_values[index],
-                *scratch,
-                length,
-                depth,
-                ancestor_at,
-                memory.shape,
-                memory.attention,
-                max_context=memory.capacity,
-                out=attended,
-                load=self._load,
-            )
-            linear(attended.flatten(1), layer.attention_output, residual=x, out=x)
+            attend(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
+            linear(attended, layer.attention_output, residual=x, out=x)
             inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows])
             linear(inner, layer.down, residual=x, out=x)
 
@@ -144,6 +118,22 @@ class Forward:
         normed = self._memory.normed[: len(x)]
         self._norm(x, norm, normed)
         return self._linear(normed, matrix, out=out)
+
+    def _attend(
+        self,
+        qkv: Tensor,
+        length: Tensor,
+        depth: Tensor,
+        ancestor_at: Tensor | None,
+        cache: tuple[Tensor, Tensor],
+        scratch: tuple[Tensor, Tensor] | None,
+    ) -> None:
+        memory = self._memory
+        tree_attention(
+            *(qkv, memory.angles, length, depth, ancestor_at, *cache, scratch, memory.attention),
+            out=memory.attended[: len(qkv)],
+            load=self._load,
+        )
 
     def _norm(self, x: Tensor, weight: Tensor, out: Tensor) -> None:
         fused_ops.rms_norm(x, weight, self._eps, out=out, load=self._load)

@@ -12,8 +12,8 @@ from engine.kernels.small_batch_linear import (
     PackedLinear,
     Workspace,
     default_config,
+    rows_measured,
     run_linear,
-    token_tiles_for,
 )
 
 __all__ = ["Choose", "LinearBank", "choose_default"]
@@ -73,7 +73,7 @@ class LinearBank:
 
     def config(self, weight: PackedLinear, rows: int) -> LinearConfig:
         """Return how a matrix is launched for so many rows."""
-        key = (weight.decode, weight.n, weight.k, weight.is_normed, token_tiles_for(rows))
+        key = (weight.decode, weight.n, weight.k, weight.is_normed, rows_measured(rows))
         if key not in self._configs:
             config = self._choose(weight, rows, Workspace(self._device))
             assert config.is_frugal(weight.n), f"{config} needs {config.workspace_floats(weight.n)} floats"

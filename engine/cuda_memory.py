@@ -41,7 +41,8 @@ class StepMemory:
         qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
         self.x, self.normed, self.hidden = (self._rows(config.hidden_size) for _ in range(3))
         self.qkv, self.inner = self._rows(qkv), self._rows(config.intermediate_size)
-        self.query, self.attended = (self._rows(config.num_heads, config.head_dim) for _ in range(2))
+        self.attended = self._rows(config.num_heads, config.head_dim)
+        self.attention = AttentionWorkspace(self.shape, MAX_ROWS, device)
         self.state = torch.zeros(1, config.hidden_size, dtype=dtype, device=device)  # behind the root: heads read it
         self._logits = torch.zeros(0, device=device)
         self._outgrown: list[Tensor] = []  # captured graphs still write there
@@ -88,7 +89,6 @@ class StepMemory:
                 torch.cuda.empty_cache()  # what has been outgrown is of no use to anyone in this process
         self.capacity = capacity
         self.angles = rotary_angles(config.rope_theta, config.head_dim, capacity).to(device)
-        self.attention = AttentionWorkspace(self.shape, MAX_ROWS, capacity, device)
         return True
 
     def set_length(self, length: int) -> None:
@@ -104,8 +104,8 @@ class StepMemory:
         """Bytes of everything but the cache."""
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         owned = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        others = [*self._scratch, *self._outgrown, self.attention.partial, self.attention.peaks]
-        return sum(owned.values()) + sum(tensor.nbytes for tensor in others) - self.cache_bytes
+        others = sum(tensor.nbytes for tensor in (*self._scratch, *self._outgrown)) + self.attention.num_bytes
+        return sum(owned.values()) + others - self.cache_bytes
 
     def _rows(self, *width: int) -> Tensor:
         return torch.zeros(MAX_ROWS, *width, dtype=self.dtype, device=self.device)

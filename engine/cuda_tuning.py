@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 
 from engine.kernels.nvrtc import compile_ahead
-from engine.kernels.small_batch_linear import PackedLinear, token_tiles_for
+from engine.kernels.small_batch_linear import PackedLinear, rows_measured
 from engine.kernels.tune_nf4 import candidates
 
 __all__ = ["compile_candidates"]
@@ -12,7 +12,7 @@ __all__ = ["compile_candidates"]
 def compile_candidates(matrices: Sequence[PackedLinear], rows: Sequence[int]) -> None:
     """Compile on all cores what measuring these matrices would compile one by one."""
     jobs = {}
-    for count in {8 * token_tiles_for(count) for count in rows}:
+    for count in {rows_measured(count) for count in rows}:
         for matrix in matrices:
             for config in candidates(matrix.decode, count, matrix.n, matrix.k):
                 norm = matrix.is_normed and config.can_normalize(matrix.k)

@@ -1,6 +1,6 @@
 // Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
-// A thread block is a set of fibers that take turns; barriers and warp operations are where they give way. Blocks run
-// one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
+// A cluster of thread blocks is a set of fibers that take turns; barriers and warp operations are where they give way.
+// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
 // so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
 #include <setjmp.h>
 #include <ucontext.h>
@@ -11,6 +11,7 @@
 #include <cstdlib>
 #include <cstring>
 #include <functional>
+#include <memory>
 #include <random>
 #include <vector>
 
@@ -29,36 +30,55 @@ static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 
 namespace emulator {
+constexpr size_t STACK_BYTES = 256 * 1024;
+
 struct Fiber {  // lives on from block to block; turns are taken by jumps, which ask nothing of the kernel
     jmp_buf place;
-    std::vector<u8> stack;
+    std::unique_ptr<u8[]> stack;
     Index3 thread;
+    int block, warp;  // among those of the cluster
+    int cluster_phase;
     bool done, started;
 };
 struct Warp {
     int arrived = 0, generation = 0, alive = 32;
     u64 exchange[32][16];
 };
+struct Barrier {
+    int arrived = 0, generation = 0;
+};
+struct Block {
+    Index3 index;
+    int alive;
+    Barrier all, named[16];
+    std::vector<u8> shared;
+};
 static std::vector<Fiber> fibers;
 static std::vector<Warp> warps;
+static std::vector<Block> blocks;
+static Barrier cluster;
 static jmp_buf scheduler;
-static int current, block_arrived, block_generation, alive;
-static Index3 block_index, grid_size, block_size;
-static std::vector<u8> dynamic_shared;
+static int current, alive;
+static Index3 grid_size, block_size;
 static std::function<void()> body;
 
 inline void give_way() {
     if (!_setjmp(fibers[current].place)) _longjmp(scheduler, 1);
 }
 inline Fiber& self() { return fibers[current]; }
+inline Warp& own_warp() { return warps[self().warp]; }
+inline Block& own_block() { return blocks[self().block]; }
+inline void open_if_full(Barrier& barrier, int count) {
+    if (count > 0 && barrier.arrived >= count) { barrier.arrived = 0; ++barrier.generation; }
+}
 
 inline void leave() {
-    Fiber& fiber = self();
-    Warp& warp = warps[fiber.thread.x / 32];
-    fiber.done = true;
+    Warp& warp = own_warp();
+    self().done = true;
     --alive;
     --warp.alive;
-    if (alive > 0 && block_arrived >= alive) { block_arrived = 0; ++block_generation; }
+    open_if_full(own_block().all, --own_block().alive);
+    open_if_full(cluster, alive);
     if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
 }
 inline void entry() {
@@ -73,21 +93,31 @@ inline void take_turn(Fiber& fiber) {
     if (fiber.started) _longjmp(fiber.place, 1);
     static ucontext_t first, here;
     fiber.started = true;
-    fiber.stack.resize(256 * 1024);
+    fiber.stack.reset(new u8[STACK_BYTES]);  // not filled: most of its pages are never touched
     getcontext(&first);
-    first.uc_stack.ss_sp = fiber.stack.data();
-    first.uc_stack.ss_size = fiber.stack.size();
+    first.uc_stack.ss_sp = fiber.stack.get();
+    first.uc_stack.ss_size = STACK_BYTES;
     makecontext(&first, entry, 0);
     swapcontext(&here, &first);
 }
 
-inline void block_barrier() {
-    int generation = block_generation;
-    if (++block_arrived >= alive) { block_arrived = 0; ++block_generation; }
-    while (generation == block_generation) give_way();
+inline void meet(Barrier& barrier, int count) {
+    int generation = barrier.generation;
+    ++barrier.arrived;
+    open_if_full(barrier, count);
+    while (generation == barrier.generation) give_way();
 }
+inline void cluster_arrive() {
+    self().cluster_phase = cluster.generation;
+    ++cluster.arrived;
+    open_if_full(cluster, alive);
+}
+inline void cluster_wait() {
+    while (self().cluster_phase == cluster.generation) give_way();
+}
+inline void block_barrier() { meet(own_block().all, own_block().alive); }
 inline void warp_barrier() {
-    Warp& warp = warps[self().thread.x / 32];
+    Warp& warp = own_warp();
     int generation = warp.generation;
     if (++warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
     while (generation == warp.generation) give_way();
@@ -95,7 +125,7 @@ inline void warp_barrier() {
 
 template <typename T> T exchanged(T value, int from) {
     int lane = self().thread.x % 32;
-    Warp& warp = warps[self().thread.x / 32];
+    Warp& warp = own_warp();
     memcpy(warp.exchange[lane], &value, sizeof(T));
     warp_barrier();
     T result;
@@ -104,46 +134,77 @@ template <typename T> T exchanged(T value, int from) {
     return result;
 }
 
-inline void run_block(int threads, size_t shared_bytes) {
-    if ((int)fibers.size() < threads) fibers.resize(threads);
-    warps.assign((threads + 31) / 32, Warp());
-    alive = threads;
-    block_arrived = 0;
-    dynamic_shared.assign(shared_bytes + 64, 0xcd);
-    for (int i = 0; i < threads; ++i) {
-        fibers[i].thread = {(u32)i, 0, 0};
-        fibers[i].done = false;
+inline void run_cluster(const Index3* indices, int count, int threads, size_t shared_bytes) {
+    if ((int)fibers.size() < count * threads) fibers.resize(count * threads);
+    const int block_warps = (threads + 31) / 32;
+    warps.assign(count * block_warps, Warp());
+    blocks.assign(count, Block());
+    alive = count * threads;
+    cluster = Barrier();
+    for (int b = 0; b < count; ++b) {
+        blocks[b].index = indices[b];
+        blocks[b].alive = threads;
+        blocks[b].shared.assign(shared_bytes + 2048, 0xcd);
+        for (int i = 0; i < threads; ++i) {
+            Fiber& fiber = fibers[b * threads + i];
+            fiber.thread = {(u32)i, 0, 0};
+            fiber.block = b;
+            fiber.warp = b * block_warps + i / 32;
+            fiber.done = false;
+        }
     }
     while (alive > 0)
-        for (int i = 0; i < threads; ++i)
+        for (int i = 0; i < count * threads; ++i)
             if (!fibers[i].done) { current = i; take_turn(fibers[i]); }
 }
 
-inline void launch(Index3 grid, int threads, size_t shared_bytes, std::function<void()> kernel) {
+inline void launch(Index3 grid, int threads, size_t shared_bytes, int cluster_size, std::function<void()> kernel) {
     body = kernel;
     grid_size = grid;
     block_size = {(u32)threads, 1, 1};
-    std::vector<Index3> blocks;
+    if (grid.x % cluster_size) { fprintf(stderr, "a grid of %u in clusters of %d\n", grid.x, cluster_size); abort(); }
+    std::vector<std::vector<Index3>> clusters;
     for (u32 z = 0; z < grid.z; ++z)
         for (u32 y = 0; y < grid.y; ++y)
-            for (u32 x = 0; x < grid.x; ++x) blocks.push_back({x, y, z});
-    std::shuffle(blocks.begin(), blocks.end(), std::mt19937(grid.x + grid.y));
-    for (Index3 block : blocks) { block_index = block; run_block(threads, shared_bytes); }
+            for (u32 x = 0; x < grid.x; ++x) {
+                if (x % cluster_size == 0) clusters.emplace_back();
+                clusters.back().push_back({x, y, z});
+            }
+    std::shuffle(clusters.begin(), clusters.end(), std::mt19937(grid.x + grid.y));
+    for (auto& indices : clusters) run_cluster(indices.data(), cluster_size, threads, shared_bytes);
 }
-inline u8* aligned_shared() { return (u8*)(((uintptr_t)dynamic_shared.data() + 15) & ~(uintptr_t)15); }
+inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
+inline u8* aligned_shared(Block& block) { return align1024(block.shared.data()); }  // offsets agree in a cluster
 }  // namespace emulator
+using emulator::align1024;
 
 #define __global__
 #define __device__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __cluster_dims__(...)
+#ifndef CLUSTER
+#define CLUSTER 1
+#endif
 #define SHARED static
-#define DYNAMIC_SHARED(name) u8* name = emulator::aligned_shared()
+#define DYNAMIC_SHARED(name) u8* name = emulator::aligned_shared(emulator::own_block())
 #define threadIdx (emulator::self().thread)
-#define blockIdx (emulator::block_index)
+#define blockIdx (emulator::own_block().index)
 #define gridDim (emulator::grid_size)
 #define blockDim (emulator::block_size)
 inline void __syncthreads() { emulator::block_barrier(); }
+inline void barrier(int id, int threads) { emulator::meet(emulator::own_block().named[id], threads); }
+inline void cluster_barrier() { emulator::meet(emulator::cluster, emulator::alive); }
+inline void cluster_arrive() { emulator::cluster_arrive(); }
+inline void cluster_wait() { emulator::cluster_wait(); }
+inline void store_peer16(float4* mine, int rank, float4 v) {
+    u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
+    *(float4*)(peer + ((u8*)mine - own)) = v;
+}
+inline float2 load_peer8(const void* mine, int rank) {
+    u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
+    return *(const float2*)(peer + ((const u8*)mine - own));
+}
 inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
 inline void __threadfence() {}
 template <typename T> T __ldcg(const T* p) { return *p; }
@@ -160,7 +221,7 @@ inline float __uint_as_float(u32 v) { float f; memcpy(&f, &v, 4); return f; }
 inline u32 __float_as_uint(float f) { u32 v; memcpy(&v, &f, 4); return v; }
 inline float __expf(float x) { return expf(x); }
 inline float exp2_fast(float x) { return exp2f(x); }
-inline float __fmul_rn(float x, float y) { return x * y; }
+inline float __fadd_rn(float x, float y) { return x + y; }
 inline float divide_fast(float x, float y) { return x / y; }
 inline float rsqrtf(float x) { return 1.0f / sqrtf(x); }
 using std::max;
@@ -200,9 +261,14 @@ inline u32 and_or(u32 value, u32 mask, u32 bits) { return (value & mask) | bits;
 template <int PICK> u32 widen_int8(u32 codes) {
     return pack2((float)(i8)(codes >> (8 * PICK)), (float)(i8)(codes >> (8 * PICK + 8)));
 }
+template <typename T> T* kept(T* pointer) { return pointer; }
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
+inline void copy16_or_zero(void* shared, const void* global, bool copies) {
+    if (copies) memcpy(shared, global, 16);
+    else memset(shared, 0, 16);
+}
 inline void commit_copies() {}
 template <int> void wait_copies() {}
 inline void prefetch_l2(const void* p, int bytes) {  // reads its first and last byte, so that a sanitizer sees them
@@ -218,7 +284,7 @@ inline u32 warp_max_bits(u32 value) {
 }
 
 inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
-    emulator::Warp& warp = emulator::warps[threadIdx.x / 32];
+    emulator::Warp& warp = emulator::own_warp();
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
     memcpy(warp.exchange[lane], mine, sizeof mine);
@@ -251,17 +317,29 @@ inline uint4 load_matrices(const void* row) {
     return {v[0], v[1], v[2], v[3]};
 }
 
+inline uint4 load_matrices_transposed(const void* row) {
+    u64 address = (u64)row;
+    int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    u32 v[4];
+    for (int i = 0; i < 4; ++i) {
+        const u16* rows[2];
+        for (int j = 0; j < 2; ++j) rows[j] = (const u16*)emulator::exchanged(address, 8 * i + 2 * q + j);
+        v[i] = rows[0][g] | ((u32)rows[1][g] << 16);
+    }
+    return {v[0], v[1], v[2], v[3]};
+}
+
 typedef const u8* SharedAddress;
 inline SharedAddress shared_address(const void* p) { return (const u8*)p; }
 inline u32 load_shared4(SharedAddress p) { u32 v; memcpy(&v, p, 4); return v; }
 typedef const u8* Operand;
 inline Operand operand_at(const u8* tile) { return tile; }
 inline Operand operand_after(Operand tile, int bytes) { return tile + bytes; }
-inline u8* align1024(u8* shared) { return (u8*)(((uintptr_t)shared + 1023) & ~(uintptr_t)1023); }
 inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 inline void publish_to_tensor_cores() {}
 inline void products_begin() {}
-inline void products_end() {}
+inline void products_commit() {}
+template <int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
 template <int TILES>
 void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, Operand tile, int step, int keep) {
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

@@ -26,7 +26,7 @@ template <typename... A> void invoke(void (*kernel)(A...), void** args) {
     call(kernel, args, std::index_sequence_for<A...>());
 }
 extern "C" void emulate(u32 x, u32 y, u32 z, int threads, size_t shared_bytes, void** args) {
-    emulator::launch({x, y, z}, threads, shared_bytes, [=] { invoke(KERNEL, args); });
+    emulator::launch({x, y, z}, threads, shared_bytes, CLUSTER, [=] { invoke(KERNEL, args); });
 }
 """
 

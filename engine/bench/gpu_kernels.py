@@ -33,6 +33,7 @@ def run_tests(report: Report) -> str:
         "-k",
         "cuda",
         "tests/test_kernels.py",
+        "tests/test_tree_attention.py",
     ]
     done = subprocess.run(command, capture_output=True, text=True, timeout=90)
     return (done.stdout + done.stderr)[-1500:]

@@ -19,8 +19,8 @@ from engine.kernels.small_batch_linear import (
     PackedLinear,
     Workspace,
     default_config,
+    rows_measured,
     run_linear,
-    token_tiles_for,
 )
 from engine.kernels.tune_nf4 import candidates, copies, time_graph, tune
 
@@ -120,9 +120,9 @@ def tune_shapes(shapes: list[tuple[int, int]], kinds: tuple[str, ...] = ("nf4",)
         for kind in kinds:
             for n, k in shapes:
                 packed = packed_matrix(kind, n, k)
-                for tokens in (8, 16, 32, 64):
+                for tokens in (1, 8, 16, 32, 64):
                     timed = tune(packed, tokens, workspace)
-                    report.best[packed.decode, n, k, token_tiles_for(tokens)] = timed[0][1]
+                    report.best[packed.decode, n, k, rows_measured(tokens)] = timed[0][1]
                     results[f"{kind} {n}x{k} {tokens}"] = [[round(us, 2), cut(config)] for us, config in timed]
         return results
 
@@ -141,7 +141,7 @@ def packed_matrix(kind: str, n: int, k: int) -> PackedLinear:
 
 
 def config_for(report: Report, packed: PackedLinear, tokens: int) -> LinearConfig:
-    key = (packed.decode, packed.n, packed.k, token_tiles_for(tokens))
+    key = (packed.decode, packed.n, packed.k, rows_measured(tokens))
     return report.best.get(key) or default_config(packed.n, packed.k, tokens, packed.decode)
 
 

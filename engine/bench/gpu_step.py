@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
 from typing import Any
@@ -18,7 +18,13 @@ from engine.kernels.draft_ops import draft_tokens
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.nf4_linear import Nf4Weight, pack_nf4
 from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
-from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace, ancestor_table, tree_attention
+from engine.kernels.tree_attention import (
+    AttentionConfig,
+    AttentionShape,
+    AttentionWorkspace,
+    ancestor_table,
+    tree_attention,
+)
 from engine.kernels.tune_nf4 import time_graph
 from engine.tree import CandidateTree
 
@@ -35,16 +41,27 @@ def attention_times(report: Report) -> dict[str, Any]:
     for name, (_, _, heads, kv_heads, head_dim, _, _) in MODELS.items():
         shape = AttentionShape(heads, kv_heads, head_dim, torch.bfloat16)
         for context in (128, 1000, 4000, 8000):
-            bucket = 1 << math.ceil(math.log2(context + 64))
-            caches = [torch.randn(2, kv_heads, bucket, head_dim, device="cuda").bfloat16() for _ in range(8)]
-            length = torch.tensor([context], dtype=torch.int32, device="cuda")
-            row = {}
-            for nodes in (1, 8, 32, 63):
-                run = _attention(shape, wide_tree(nodes), caches, length, bucket)
-                row[nodes] = round(time_graph(run, 16), 2)
+            layers = attention_layers(shape, context)
+            runs = {nodes: attention_run(layers, context, wide_tree(nodes)) for nodes in (1, 8, 16, 32, 63)}
+            row: dict[int | str, float] = {nodes: round(time_graph(run, 16), 2) for nodes, run in runs.items()}
             row["floor_us"] = round(4 * kv_heads * context * head_dim / 3e6, 2)
             results[f"{name} {context}"] = row
     return results
+
+
+@dataclass(frozen=True)
+class AttentionLayers:
+    """Caches [kv_heads, capacity, head_dim] of eight layers, more than a GPU keeps in its cache for a large model."""
+
+    shape: AttentionShape
+    caches: list[Tensor]
+    angles: Tensor
+
+
+def attention_layers(shape: AttentionShape, context: int) -> AttentionLayers:
+    bucket = 1 << math.ceil(math.log2(context + 64))
+    caches = [torch.randn(2, shape.num_kv_heads, bucket, shape.head_dim, device="cuda").bfloat16() for _ in range(8)]
+    return AttentionLayers(shape, caches, fused_ops.rotary_angles(1e4, shape.head_dim, bucket).cuda())
 
 
 def wide_tree(nodes: int) -> CandidateTree:
@@ -54,20 +71,23 @@ def wide_tree(nodes: int) -> CandidateTree:
     return CandidateTree.from_choices(dict.fromkeys(choices[: nodes - 1]))
 
 
-def _attention(
-    shape: AttentionShape, tree: CandidateTree, caches: list[Tensor], length: Tensor, bucket: int
+def attention_run(
+    layers: AttentionLayers, context: int, tree: CandidateTree, config: AttentionConfig | None = None
 ) -> Callable[[int], Tensor]:
-    nodes = tree.num_nodes
-    query = torch.randn(nodes, shape.num_heads, shape.head_dim, device="cuda").to(shape.dtype)
-    scratch = torch.randn(2, nodes, shape.num_kv_heads, shape.head_dim, device="cuda").to(shape.dtype)
+    """Return what launches a layer's whole attention over a tree, from qkv to what the next linear reads."""
+    shape, nodes = layers.shape, tree.num_nodes
+    width = (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim
+    qkv = torch.randn(nodes, width, device="cuda").to(shape.dtype)
+    scratch = torch.empty(2, nodes, shape.num_kv_heads, shape.head_dim, device="cuda", dtype=shape.dtype)
+    length = torch.tensor([context], dtype=torch.int32, device="cuda")
     depth, table = tree.depth.int().cuda(), ancestor_table(tree.ancestors, tree.depth).cuda()
-    workspace, out = AttentionWorkspace(shape, nodes, bucket, "cuda"), torch.empty_like(query)
+    workspace = AttentionWorkspace(shape, nodes, "cuda", config=config)
+    out = torch.empty(nodes, shape.num_heads, shape.head_dim, device="cuda", dtype=shape.dtype)
 
     def run(i: int) -> Tensor:
-        keys, values = caches[i % len(caches)]
-        return tree_attention(
-            query, keys, values, *scratch, length, depth, table, shape, workspace, max_context=bucket, out=out
-        )
+        cache = layers.caches[i % len(layers.caches)]
+        rows = (scratch[0], scratch[1])
+        return tree_attention(qkv, layers.angles, length, depth, table, cache[0], cache[1], rows, workspace, out=out)
 
     return run
 
@@ -76,7 +96,7 @@ def small_ops(report: Report) -> dict[str, float]:
     """Microseconds of every small launch, in a chain of its own kind."""
     record = fused_ops.new_record("cuda", 100)
     tree, results = wide_tree(32), {}
-    depth, parents = tree.depth.int().cuda(), torch.tensor(tree.parents, dtype=torch.int32, device="cuda")
+    parents = torch.tensor(tree.parents, dtype=torch.int32, device="cuda")
     for rows, width in ((1, 576), (32, 576), (32, 4096)):
         x, weight = torch.randn(rows, width, device="cuda").bfloat16(), torch.ones(width, device="cuda").bfloat16()
         out = torch.empty_like(x)
@@ -97,12 +117,6 @@ def small_ops(report: Report) -> dict[str, float]:
         results[f"draft_tokens 4x{vocab}"] = time_graph(
             lambda i, d=drafts: draft_tokens(d, None, row_of, rank_of, tokens, chances, guesses=10, nodes=range(32)), 32
         )
-    angles = fused_ops.rotary_angles(1e4, 128, 8192).cuda()
-    qkv = torch.randn(32, 96 * 128, device="cuda").bfloat16()
-    outs = [torch.empty(32, 32, 128, device="cuda", dtype=torch.bfloat16) for _ in range(3)]
-    results["rotate 32x96x128"] = time_graph(
-        lambda i: fused_ops.rotate_and_split(qkv, angles, record, depth, *outs), 32
-    )
     return {name: round(us, 2) for name, us in results.items()}
 
 
@@ -128,13 +142,12 @@ class Stack:
     def set_tree(self, nodes: int) -> None:
         self.tree = wide_tree(nodes)
         self.scratch = [self._random(self.layers, nodes, self.kv_heads, self.head_dim) for _ in range(2)]
-        self.attention = AttentionWorkspace(self.shape, nodes, self.capacity, "cuda")
+        self.attention = AttentionWorkspace(self.shape, nodes, "cuda")
         self.depth = self.tree.depth.int().cuda()
         self.table = ancestor_table(self.tree.ancestors, self.tree.depth).cuda()
         self.parents = torch.tensor(self.tree.parents, dtype=torch.int32, device="cuda")
         self.tokens = torch.randint(0, 1000, (nodes,), dtype=torch.int32, device="cuda")
         self.x = self._random(nodes, self.hidden)
-        self.query = self._random(nodes, self.heads, self.head_dim)
         self.logits = torch.empty(nodes, self.vocab, device="cuda")
 
     def _random(self, *shape: int) -> Tensor:
@@ -161,11 +174,10 @@ class Stack:
         for layer, (qkv, output, gate_up, down) in enumerate(self.weights):
             h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), qkv)
             keys, values = (cache[layer] for cache in self.cache)
-            scratch = [rows[layer] for rows in self.scratch]
-            fused_ops.rotate_and_split(h, self.angles, self.record, self.depth, self.query, *scratch, load=self.load)
+            scratch = self.scratch[0][layer], self.scratch[1][layer]
             attended = tree_attention(
-                self.query, keys, values, *scratch, self.record, self.depth, self.table, self.shape, self.attention,
-                max_context=self.capacity, load=self.load,
+                h, self.angles, self.record, self.depth, self.table, keys, values, scratch, self.attention,
+                load=self.load,
             )  # fmt: skip
             x = self.linear(attended.flatten(1), output, residual=x)
             h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), gate_up)
@@ -222,7 +234,7 @@ def step_parts(name: str, nodes: tuple[int, ...] = (1, 32)) -> Callable[[Report]
 
 
 def _load_unless(left_out: tuple[str, ...], source: str, *arguments: Any) -> Callable[..., None]:
-    return (lambda *_: None) if source.startswith(left_out) else nvrtc.load_kernel(source, *arguments)
+    return (lambda *_, **__: None) if source.startswith(left_out) else nvrtc.load_kernel(source, *arguments)
 
 
 def _kernel_times(stack: Stack) -> dict[str, list[float]]:

@@ -14,8 +14,7 @@ from engine.kernels.small_batch_linear import LoadKernel
 
 __all__ = [
     "ARGMAX_CHUNK", "MAX_PATH", "RECORD_SIZE", "StepRecord", "accept_greedy", "argmax_keys", "best_tokens",
-    "bf16_define", "commit_path", "embed_tokens", "new_record", "rms_norm", "rotary_angles", "rotate_and_split",
-    "rotate_into_cache",
+    "bf16_define", "commit_path", "embed_tokens", "new_record", "rms_norm", "rotary_angles", "rotate_into_cache",
 ]  # fmt: skip
 
 SOURCE = "fused_ops.cuh"
@@ -80,56 +79,25 @@ def rotary_angles(theta: float, head_dim: int, positions: int) -> Tensor:
     return torch.stack([angles.cos(), angles.sin()], dim=-1).float()
 
 
-def rotate_and_split(
-    qkv: Tensor,
-    angles: Tensor,
-    record: Tensor,
-    depth: Tensor,
-    query: Tensor,
-    scratch_keys: Tensor,
-    scratch_values: Tensor,
-    *,
-    load: LoadKernel = load_kernel,
-) -> None:
-    """Rotate queries and keys at their positions (length + depth) and write queries and scratch rows.
-
-    qkv [nodes, (heads + 2 kv_heads) * head_dim]; query [nodes, heads, head_dim]; scratch [nodes, kv_heads, head_dim].
-    """
-    kv_heads = scratch_keys.shape[1]
-    _rotate(qkv, angles, record, depth, query, scratch_keys, scratch_values, kv_heads, 0, load)
-
-
 def rotate_into_cache(
     qkv: Tensor,
     angles: Tensor,
     length: Tensor,
     depth: Tensor,
-    query: Tensor,
     keys: Tensor,
     values: Tensor,
     *,
     load: LoadKernel = load_kernel,
 ) -> None:
-    """Do the same for rows of a prompt, whose keys and values go to their places [kv_heads, capacity, head_dim]."""
-    _rotate(qkv, angles, length, depth, query, keys, values, keys.shape[0], keys.shape[1], load)
+    """Put the rotated keys and the values of a prompt's rows at their positions (length + depth) in the cache.
 
-
-def _rotate(
-    qkv: Tensor,
-    angles: Tensor,
-    length: Tensor,
-    depth: Tensor,
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    kv_heads: int,
-    capacity: int,
-    load: LoadKernel,
-) -> None:
-    nodes, heads, head_dim = query.shape
-    kernel = load(SOURCE, "rotate_and_split", bf16_define(qkv.dtype))
-    arguments = [qkv, angles, length, depth, query, keys, values, nodes, heads, kv_heads, head_dim, capacity]
-    kernel((math.ceil(nodes * (heads + 2 * kv_heads) / 4),), 128, arguments)
+    qkv [rows, (heads + 2 kv_heads) * head_dim]; keys, values [kv_heads, capacity, head_dim].
+    """
+    kv_heads, capacity, head_dim = keys.shape
+    heads = qkv.shape[1] // head_dim - 2 * kv_heads
+    kernel = load(SOURCE, "rotate_into_cache", bf16_define(qkv.dtype))
+    arguments = [qkv, angles, length, depth, keys, values, heads, head_dim, capacity]
+    kernel((qkv.shape[0], kv_heads), head_dim // 8, arguments)
 
 
 def argmax_keys(logits: Tensor, *, out: Tensor | None = None, load: LoadKernel = load_kernel) -> Tensor:

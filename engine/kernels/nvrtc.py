@@ -98,6 +98,15 @@ class Kernel:
         _check(result, f"ask for the occupancy of {self.name}")
         return found | {"blocks_per_multiprocessor": value.value}
 
+    def clusters(self, grid: Sequence[int], block: int, shared_bytes: int, size: int) -> int:
+        """Return how many clusters of `size` thread blocks can be on the device at a time."""
+        attribute, count = _Attribute(CLUSTER_DIMENSION, 0, (ctypes.c_uint * 16)(size, 1, 1)), ctypes.c_int()
+        sizes = (ctypes.c_uint * 3)(*grid), (ctypes.c_uint * 3)(block, 1, 1)
+        config = _LaunchConfig(*sizes, shared_bytes, None, ctypes.pointer(attribute), 1)
+        result = _driver().cuOccupancyMaxActiveClusters(ctypes.byref(count), self.function, ctypes.byref(config))
+        _check(result, f"ask for the clusters of {self.name}")
+        return count.value
+
 
 def _as_c(arg: Tensor | int | float | None) -> ctypes._SimpleCData:
     if arg is None:

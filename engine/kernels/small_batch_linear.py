@@ -21,6 +21,7 @@ __all__ = [
 
 MAX_TOKENS = 64
 MAX_WORKSPACE = 2 << 20  # float32 partial sums
+TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
 MAX_PLACES = 640  # of which the largest result is told, so that one thread block looks through them quickly
 MAX_RESIDENT = 4096  # input features whose values a thread block may hold at once
 MAX_NORM_WIDTH = 2048  # input features that the kernel can normalise on their way
@@ -42,9 +43,10 @@ class LinearConfig:
     A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight. With
     `resident` (for few input features) all weights of a warp, which takes 8 / `slice_warps` slices, are in flight and
     `depth` is 0; a thread block goes through `row_loop` row blocks, and the values may be normalised on their way. With
-    `wgmma` (compute capability 9.0 alone), four row warps multiply together, a thread block goes through `row_loop`
-    row blocks, and `x_blocks` blocks of 64 k per slice lie in each of two buffers. `prefetch` asks for all weights of
-    a thread block ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
+    `wgmma` (compute capability 9.0 alone), four row warps multiply together, a warp takes a run of slices, `cluster`
+    thread blocks share rows, tokens are copied by `x_blocks` blocks of 64 k, and a `wide_table` of NF4 pairs takes
+    fewer instructions and twice the shared memory. `prefetch` asks for all weights of a thread block ahead. `ablate`
+    leaves a stage out (cuda/linear_parts.cuh), for measurements only.
     """
 
     decode: int
@@ -56,19 +58,23 @@ class LinearConfig:
     min_blocks: int = 1
     prefetch: int = 0
     wgmma: int = 0
-    row_loop: int = 1
+    cluster: int = 1
     x_blocks: int = 0
+    wide_table: int = 0
     ablate: int = 0
     resident: int = 0
+    row_loop: int = 1
 
     def __post_init__(self) -> None:
         if self.resident:
             assert self.depth == self.x_blocks == self.wgmma == 0, str(self)
         elif self.wgmma:
-            assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.x_blocks % self.depth == 0, str(self)
-            assert self.x_blocks > 0, str(self)
+            assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.row_warps % self.cluster == 0, str(self)
+            assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 8, str(self)
+            assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
+            assert self.depth > 1 and self._round % 2 == 0, str(self)
         else:
-            assert self.row_loop == 1 and self.x_blocks == 0, str(self)
+            assert self.cluster == 1 and self.x_blocks == 0 and not self.wide_table, str(self)
 
     @property
     def threads(self) -> int:
@@ -81,28 +87,40 @@ class LinearConfig:
     @property
     def parts(self) -> int:
         """Thread blocks that share a row."""
-        return 1 if self.resident else SLICES // self.slice_warps
+        return self.cluster if self.wgmma else 1 if self.resident else SLICES // self.slice_warps
+
+    @property
+    def _has_wide_table(self) -> bool:
+        return self.decode == Decode.NF4_TABLE and bool(self.wide_table)
+
+    @property
+    def _round(self) -> int:
+        """Blocks that a slice is filled up to a multiple of."""
+        return max(self.x_blocks, self.depth)
 
     def grid(self, n: int) -> tuple[int, int]:
-        return math.ceil(math.ceil(n / self.block_rows) / self.row_loop), self.parts
+        blocks = math.ceil(n / self.block_rows)
+        return (self.cluster, blocks) if self.wgmma else (math.ceil(blocks / self.row_loop), self.parts)
 
     def shared_bytes(self, k: int) -> int:
         """Dynamic shared memory for `k` input features."""
         if self.resident:
             exchange = self.slice_warps * self.block_rows // 16 * self.token_tiles * 512 if self.slice_warps > 1 else 0
             return 8 * self.token_tiles * (2 * k + 16) + min(self.row_loop, 2) * exchange
+        if self.wgmma:
+            groups = self.slice_warps * self.cluster
+            tokens = 3 * self.slice_warps * self.x_blocks * self.token_tiles * 1024
+            waiting = int(math.log2(SLICES // groups)) * self.threads * self.token_tiles * 16
+            exchange = groups * self.row_warps // self.cluster * self.token_tiles * 512 if groups > 1 else 0
+            return 1024 + tokens + waiting + exchange + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
         blocks = math.ceil(k / 64 / SLICES)
         exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
-        if self.wgmma:
-            buffers = min(2, math.ceil(blocks / self.x_blocks))
-            tokens = buffers * self.slice_warps * self.x_blocks * self.token_tiles * 1024
-            return 1024 + (tokens + exchange if self.row_loop > 1 else max(tokens, exchange))
         stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)
         return max(min(math.ceil(blocks / self.depth), 2) * stage, exchange)
 
     def fits(self, k: int, limit: int) -> bool:
         """Say whether a multiprocessor's shared memory holds it, with the table, and its registers the weights."""
-        table = 32 * 1024 if self.decode == Decode.NF4_TABLE else 0
+        table = TABLE_BYTES if self.decode == Decode.NF4_TABLE and not self._has_wide_table else 0
         registers = min(255, 65536 // (self.threads * self.min_blocks))
         if self.resident and self._registers(k) > registers:
             return False
@@ -135,12 +153,12 @@ class LinearConfig:
         """Return what the source is compiled with."""
         left_out = {"wgmma", "resident"}
         if self.resident:
-            left_out |= {"depth", "prefetch", "x_blocks"}
-        elif not self.wgmma:
-            left_out |= {"row_loop", "x_blocks"}
+            left_out |= {"depth", "prefetch", "cluster", "x_blocks", "wide_table"}
+        else:
+            left_out |= {"row_loop"} if self.wgmma else {"row_loop", "cluster", "x_blocks", "wide_table"}
         named = {name: value for name, value in self.to_dict().items() if name not in left_out}
         if "row_loop" in named:
-            named["row_loop"] = min(self.row_loop, 2)  # the sources ask only whether there is a loop
+            named["row_loop"] = min(self.row_loop, 2)  # the source asks only whether there is a loop
         return (*((name.upper(), value) for name, value in named.items()), ("BF16", int(dtype == torch.bfloat16)))
 
     def kernel(
@@ -155,6 +173,8 @@ class LinearConfig:
         return f"{name}.cuh", name, self.defines(dtype), self.shared_bytes(k)
 
     def workspace_floats(self, n: int) -> int:
+        if self.wgmma:
+            return 0
         blocks = math.ceil(n / self.block_rows)
         return blocks * self.block_rows * self.parts * self.token_tiles * 8 if self.parts > 1 else 0
 
@@ -234,6 +254,11 @@ def token_tiles_for(tokens: int) -> int:
     """Return the tiles of 8 tokens that a launch is built for: 1, 2, 4 or 8."""
     assert 1 <= tokens <= MAX_TOKENS, f"{tokens} tokens; the kernel takes 1 to {MAX_TOKENS}"
     return 1 << max(0, math.ceil(math.log2(tokens / 8)))
+
+
+def rows_measured(tokens: int) -> int:
+    """Return the number of tokens whose measured launch serves so many: one, or the whole tiles of a launch."""
+    return 1 if tokens == 1 else 8 * token_tiles_for(tokens)
 
 
 def run_linear(

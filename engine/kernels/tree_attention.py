@@ -1,30 +1,34 @@
-"""Tree attention on the GPU: the nodes of a candidate tree over the committed cache and their ancestors' scratch rows.
+"""Tree attention on the GPU: the nodes of a candidate tree over the committed cache and their ancestors, from qkv on.
 
 A token's result depends on its keys alone, bit for bit, never on which of them are still scratch or on the other nodes
-(see cuda/tree_attention.cuh). The committed length is read from device memory, so one captured launch serves a whole
-context bucket.
+(see cuda/tree_attention.cuh). The committed length is read from device memory, so one captured launch serves any.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from engine.kernels.nvrtc import Defines, load_kernel
+from engine.kernels.nvrtc import Defines, load_kernel, shared_memory_limit
 from engine.kernels.small_batch_linear import LoadKernel
 
-__all__ = ["MAX_DEPTH", "AttentionShape", "AttentionWorkspace", "ancestor_table", "tree_attention"]
+__all__ = [
+    "MAX_DEPTH", "AttentionConfig", "AttentionShape", "AttentionWorkspace", "ancestor_table", "default_config",
+    "tree_attention",
+]  # fmt: skip
 
-NEAR = 16  # the last keys of a token, taken one by one; a tree is less deep than that
+NEAR = 16  # the last keys of a token, which may be scratch; a tree is less deep than that
 MAX_DEPTH = NEAR - 1
-FAR_BLOCK = 128
+SLOTS = 8  # thread blocks that share rows, in the kernel's fixed summation order
+FAR_WARPS = 8
 HEAD_DIMS = (64, 128)
+FULL_GRID = 264  # thread blocks: two for each multiprocessor of a large GPU
 
 
 @dataclass(frozen=True)
 class AttentionShape:
-    """What the kernels are compiled for."""
+    """What attention is asked for."""
 
     num_heads: int
     num_kv_heads: int
@@ -42,20 +46,103 @@ class AttentionShape:
     def group(self) -> int:
         return self.num_heads // self.num_kv_heads
 
+
+@dataclass(frozen=True)
+class AttentionConfig:
+    """How the work is cut. `far_block`, the positions in a partial sum, is one per device: it changes bits.
+
+    A thread block takes `row_tiles` x 16 query rows of a key/value head; `stages` blocks of positions lie in its shared
+    memory. In a `cluster` (compute capability 9.0 and up) the partial sums are added without global memory.
+    """
+
+    shape: AttentionShape
+    row_tiles: int
+    far_block: int
+    stages: int
+    cluster: bool
+
+    @property
+    def task_heads(self) -> int:
+        return min(self.shape.group, 16)
+
+    @property
+    def tasks(self) -> int:
+        """Nodes (or sixteens of a node's heads) of a thread block."""
+        return 16 * self.row_tiles // self.task_heads
+
+    @property
+    def near_warps(self) -> int:
+        return math.ceil(self.tasks / SLOTS)
+
+    @property
+    def threads(self) -> int:
+        return 32 * (FAR_WARPS + self.near_warps)
+
+    def grid(self, nodes: int) -> tuple[int, int, int]:
+        tasks = nodes * math.ceil(self.shape.group / self.task_heads)
+        return SLOTS, math.ceil(tasks / self.tasks), self.shape.num_kv_heads
+
+    @property
+    def shared_bytes(self) -> int:
+        """Return LAST_AT of cuda/attention_parts.cuh."""
+        head_dim, rows, near_rows = self.shape.head_dim, 16 * self.row_tiles, self.near_warps * self.task_heads
+        blocks = 4 * self.stages * self.far_block * head_dim
+        operands = rows * (head_dim + self.far_block) * 2 + self.near_warps * NEAR * head_dim * 2
+        sums = NEAR * head_dim * 4 + near_rows * head_dim * 4
+        return blocks + operands + sums + rows * self.far_block // 16 * 8 + (rows + near_rows) * 8
+
+    @property
+    def part_floats(self) -> int:
+        """Floats of a thread block's partial sums, where they go through global memory."""
+        return (16 * self.row_tiles + self.near_warps * self.task_heads) * (self.shape.head_dim + 2)
+
     @property
     def defines(self) -> Defines:
-        is_bf16 = int(self.dtype == torch.bfloat16)
-        return (("HEAD_DIM", self.head_dim), ("GROUP", self.group), ("BF16", is_bf16))
+        return (
+            *(("HEAD_DIM", self.shape.head_dim), ("GROUP", self.shape.group), ("ROW_TILES", self.row_tiles)),
+            *(("FAR_BLOCK", self.far_block), ("STAGES", self.stages), ("CLUSTER", SLOTS if self.cluster else 1)),
+            ("BF16", int(self.shape.dtype == torch.bfloat16)),
+        )
+
+
+def default_config(shape: AttentionShape, nodes: int, *, cluster: bool, shared_limit: int) -> AttentionConfig:
+    """Pick the cut for a number of nodes: few rows to a thread block until the GPU is full, and what memory allows."""
+    is_large = shared_limit >= 160 * 1024  # room for two thread blocks on a multiprocessor
+    far_block = 64 if shape.head_dim == 128 and not is_large else 128
+    config = AttentionConfig(shape, 1, far_block, 2 if is_large and shape.head_dim == 64 else 1, cluster)
+    wider = replace(config, row_tiles=2)
+    if math.prod(config.grid(nodes)) > FULL_GRID and wider.shared_bytes <= shared_limit:
+        return wider
+    return config
 
 
 class AttentionWorkspace:
-    """Partial sums of the far blocks, shared by all layers: built for the largest tree and context bucket."""
+    """What thread blocks exchange through global memory, shared by all layers: built for trees of up to `nodes`.
 
-    def __init__(self, shape: AttentionShape, nodes: int, max_context: int, device: torch.device | str) -> None:
-        self.blocks = math.ceil(max_context / FAR_BLOCK)
-        rows = shape.num_heads * nodes * self.blocks
-        self.partial = torch.empty(rows * shape.head_dim, dtype=torch.float32, device=device)
-        self.peaks = torch.empty(rows * 2, dtype=torch.float32, device=device)
+    With a `config` that one is used for every number of nodes.
+    """
+
+    def __init__(
+        self, shape: AttentionShape, nodes: int, device: torch.device | str, *, config: AttentionConfig | None = None
+    ) -> None:
+        self.shape, self.nodes = shape, nodes
+        cluster = torch.device(device).type == "cuda" and torch.cuda.get_device_capability() >= (9, 0)
+        limit = shared_memory_limit()
+        self._configs = [
+            config or default_config(shape, count, cluster=cluster, shared_limit=limit) for count in range(1, nodes + 1)
+        ]
+        blocks = [math.prod(config.grid(count + 1)) for count, config in enumerate(self._configs)]
+        floats = [0 if c.cluster else c.part_floats * n for c, n in zip(self._configs, blocks, strict=True)]
+        self.partial = torch.empty(max(floats), dtype=torch.float32, device=device)
+        self.counters = torch.zeros(max(blocks) // SLOTS, dtype=torch.int32, device=device)
+
+    def config(self, nodes: int) -> AttentionConfig:
+        assert nodes <= self.nodes, f"{nodes} nodes; the workspace was built for {self.nodes}"
+        return self._configs[nodes - 1]
+
+    @property
+    def num_bytes(self) -> int:
+        return self.partial.nbytes + self.counters.nbytes
 
 
 def ancestor_table(ancestors: Tensor, depth: Tensor) -> Tensor:
@@ -72,52 +159,34 @@ def ancestor_table(ancestors: Tensor, depth: Tensor) -> Tensor:
 
 
 def tree_attention(
-    query: Tensor,
-    keys: Tensor,
-    values: Tensor,
-    scratch_keys: Tensor,
-    scratch_values: Tensor,
+    qkv: Tensor,
+    angles: Tensor,
     length: Tensor,
     depth: Tensor,
-    ancestor_at: Tensor,
-    shape: AttentionShape,
+    ancestor_at: Tensor | None,
+    keys: Tensor,
+    values: Tensor,
+    scratch: tuple[Tensor, Tensor] | None,
     workspace: AttentionWorkspace,
     *,
-    max_context: int,
     out: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> Tensor:
     """Attend from every node to the committed rows and its ancestors: -> [nodes, heads, head_dim].
 
-    query [nodes, heads, head_dim]; keys, values [kv_heads, capacity, head_dim]; scratch rows [nodes, kv_heads,
-    head_dim]; length int32, its first element the committed rows, at most `max_context`; depth int32 [nodes]; all
-    contiguous.
+    qkv [nodes, (heads + 2 kv_heads) * head_dim] before rotation; angles as `rotary_angles`; length int32, its first
+    element the committed rows; depth int32 [nodes]; ancestor_at as `ancestor_table`; keys, values [kv_heads, capacity,
+    head_dim]. Rotated keys and the values of the nodes go to scratch rows [nodes, kv_heads, head_dim]. Without scratch
+    rows the nodes are rows of a prompt that `rotate_into_cache` has put into the cache: depth counts back from length.
     """
-    nodes, capacity = query.shape[0], keys.shape[1]
-    blocks = math.ceil(max_context / FAR_BLOCK)
-    assert blocks <= workspace.blocks and max_context <= capacity, "the workspace was built for a shorter context"
-    assert all(t.is_contiguous() for t in (query, keys, values, scratch_keys, scratch_values))
-    out = torch.empty_like(query) if out is None else out
-    scale = shape.head_dim**-0.5 * math.log2(math.e)
-    far = load("tree_attention.cuh", "attend_far", shape.defines)
-    near = load("tree_attention.cuh", "attend_near", shape.defines)
-    tiles = math.ceil(nodes * shape.group / 16)
-    far(
-        (blocks, shape.num_kv_heads, tiles_in_grid(tiles, blocks * shape.num_kv_heads)),
-        128,
-        [query, keys, values, length, depth, workspace.partial, workspace.peaks, nodes, capacity, scale],
-    )
-    near(
-        (math.ceil(nodes * shape.num_heads / 4),),
-        128,
-        [
-            *(query, keys, values, scratch_keys, scratch_values, length, depth, ancestor_at),
-            *(workspace.partial, workspace.peaks, out, nodes, shape.num_kv_heads, capacity, blocks, scale),
-        ],
-    )
+    shape, nodes, capacity = workspace.shape, qkv.shape[0], keys.shape[1]
+    assert all(t.is_contiguous() for t in (qkv, angles, keys, values, *(scratch or ())))
+    assert qkv.shape[1] == (shape.num_heads + 2 * shape.num_kv_heads) * shape.head_dim, f"qkv of {qkv.shape[1]} columns"
+    if out is None:
+        out = torch.empty(nodes, shape.num_heads, shape.head_dim, dtype=shape.dtype, device=qkv.device)
+    config = workspace.config(nodes)
+    kernel = load("tree_attention.cuh", "attend_tree", config.defines, config.shared_bytes)
+    arguments = [qkv, angles, length, depth, ancestor_at, keys, values, *(scratch or (None, None)), out]
+    arguments += [workspace.partial, workspace.counters, nodes, capacity, shape.head_dim**-0.5 * math.log2(math.e)]
+    kernel(config.grid(nodes), config.threads, arguments, config.shared_bytes)
     return out
-
-
-def tiles_in_grid(tiles: int, other_blocks: int) -> int:
-    """Spread row tiles over thread blocks until the GPU is full; the rest is a loop that finds K and V in the cache."""
-    return max(1, min(tiles, math.ceil(528 / other_blocks)))

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from engine.kernels import fused_ops
+from engine.kernels.dense_linear import pack_dense
 from engine.kernels.linear_inputs import Norm
 from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import (
@@ -24,6 +25,7 @@ from engine.kernels.small_batch_linear import (
     LinearConfig,
     PackedLinear,
     Workspace,
+    rows_measured,
     run_linear,
     token_tiles_for,
 )
@@ -58,6 +60,28 @@ RESIDENT_CUTS: dict[int, list[tuple[int, int, int, int]]] = {
     4: [(1, 1, 8, 2), (1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 1)],
     8: [(1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 1), (1, 4, 2, 1)],
 }
+# On Hopper's matrix instruction, by token tiles: (row_warps, slice_warps, depth, min_blocks, cluster, x_blocks,
+# wide_table)
+WGMMA_CUTS: dict[int, list[tuple[int, int, int, int, int, int, int]]] = {
+    1: [
+        *((4, 1, 8, 3, 2, 8, 0), (4, 1, 8, 3, 1, 8, 0), (4, 1, 8, 3, 4, 8, 0), (4, 4, 4, 1, 2, 4, 1)),
+        *((4, 4, 8, 1, 2, 4, 1), (8, 1, 8, 2, 2, 4, 1), (8, 1, 8, 2, 1, 4, 1), (4, 2, 8, 1, 2, 8, 1)),
+        *((12, 1, 4, 2, 4, 4, 0), (4, 2, 8, 2, 1, 2, 1)),
+    ],
+    2: [
+        *((4, 1, 8, 3, 2, 4, 0), (4, 1, 8, 3, 1, 4, 0), (4, 4, 4, 1, 2, 2, 1), (4, 4, 8, 1, 2, 2, 1)),
+        *((4, 2, 8, 1, 2, 4, 1), (8, 1, 2, 3, 4, 2, 0), (12, 1, 8, 1, 1, 4, 1), (12, 1, 8, 1, 2, 4, 1)),
+    ],
+    4: [
+        *((12, 1, 8, 1, 2, 4, 1), (12, 1, 8, 1, 1, 4, 1), (12, 1, 8, 1, 2, 2, 1), (4, 4, 4, 1, 2, 2, 1)),
+        *((4, 2, 8, 1, 2, 2, 1), (4, 4, 2, 1, 2, 2, 1), (8, 2, 4, 1, 1, 4, 0), (12, 1, 4, 1, 1, 4, 1)),
+    ],
+    8: [
+        *((4, 2, 8, 1, 2, 2, 1), (12, 1, 8, 1, 2, 2, 0), (12, 1, 4, 1, 1, 2, 0), (8, 1, 8, 1, 1, 2, 1)),
+        *((4, 2, 4, 1, 2, 2, 0), (12, 1, 8, 1, 4, 2, 1)),
+    ],
+}
+WGMMA_LEAST_K = 1024
 SMALL = 4 << 20  # values of a matrix that is read in no time: how soon the kernel comes to its end decides
 LARGE_N = 8192  # rows from which thread blocks go through several row blocks
 
@@ -69,8 +93,38 @@ def candidates(decode: int, tokens: int, n: int, k: int) -> list[LinearConfig]:
     built = [config for way in decodes for config in _resident(way, tiles, n, k) if config.fits(k, limit)]
     if not built or n * k > SMALL:
         built += [LinearConfig(way, tiles, *cut) for way in decodes for cut in CUTS[tiles]]
+    if k >= WGMMA_LEAST_K and has_wgmma():
+        built += wgmma_candidates(decode, tiles)
     usable = [config for config in built if config.fits(k, limit) and config.is_frugal(n)]
     return [config for config in usable if config.block_rows <= max(16, n)]
+
+
+def wgmma_candidates(decode: int, tiles: int) -> list[LinearConfig]:
+    """List the configurations on Hopper's matrix instruction; wider codes leave registers for fewer blocks ahead."""
+    deepest = {Decode.INT8: 4, Decode.DENSE: 2}.get(decode, 8)
+    found = []
+    for row_warps, slice_warps, depth, min_blocks, cluster, x_blocks, wide in WGMMA_CUTS[tiles]:
+        shape = (1, row_warps, slice_warps, min(depth, deepest), min_blocks)
+        wide = wide if decode == Decode.NF4_TABLE else 0
+        found.append(LinearConfig(decode, tiles, *shape, wgmma=1, cluster=cluster, x_blocks=x_blocks, wide_table=wide))
+    return list(dict.fromkeys(found))
+
+
+@cache
+def has_wgmma() -> bool:
+    """Say whether Hopper's matrix instruction is here and gives the bits of the portable one: it need not."""
+    if not torch.cuda.is_available() or torch.cuda.get_device_capability() != (9, 0):
+        return False
+    generator = torch.Generator("cuda").manual_seed(1)
+    values = torch.randn(256, WGMMA_LEAST_K, device="cuda", generator=generator)
+    for dtype in (torch.bfloat16, torch.float16):
+        x = torch.randn(33, WGMMA_LEAST_K, device="cuda", generator=generator).to(dtype)
+        weight = pack_dense(values.to(dtype))
+        configs = (LinearConfig(Decode.DENSE, 8, *CUTS[8][0]), *wgmma_candidates(Decode.DENSE, 8)[:1])
+        first, second = (run_linear(x, weight, config, Workspace("cuda")) for config in configs)
+        if not torch.equal(first, second):
+            return False
+    return True
 
 
 def _resident(decode: int, tiles: int, n: int, k: int) -> list[LinearConfig]:
@@ -162,10 +216,11 @@ def _time_config(
 
 def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
     """Return the fastest known configuration for this GPU, measuring it where nobody has yet."""
-    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{token_tiles_for(tokens)}{'/norm' * weight.is_normed}"
+    rows = rows_measured(tokens)
+    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{rows}{'/norm' * weight.is_normed}"
     table = _table()
     if key not in table:
-        table[key] = tune(weight, 8 * token_tiles_for(tokens), workspace)[0][1].to_dict()
+        table[key] = tune(weight, rows, workspace)[0][1].to_dict()
         torch.cuda.empty_cache()  # the copies
         _save(table)
     return LinearConfig(**table[key])
@@ -188,4 +243,4 @@ def _save(table: dict[str, dict[str, int]]) -> None:
 
 def _path() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-    return cache_folder() / f"linear-{name}-v3.json"
+    return cache_folder() / f"linear-{name}-v5.json"

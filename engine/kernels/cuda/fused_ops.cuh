@@ -3,6 +3,7 @@
 
 #include "norm_parts.cuh"
 #include "reductions.cuh"
+#include "rotary.cuh"
 
 // The step's record, int32: what the host copies after a step.
 enum { LENGTH = 0, OLD_LENGTH = 1, NUM_ACCEPTED = 2, BONUS = 3, PATH = 4, MAX_PATH = 16, PATH_TOKENS = PATH + MAX_PATH };
@@ -41,35 +42,24 @@ extern "C" __global__ void __launch_bounds__(NORM_PLACES) rms_norm(
     }
 }
 
-// Split qkv [nodes, heads + 2 kv_heads, head_dim] into rotated queries [nodes, heads, head_dim] and keys and values:
-// with capacity 0 scratch rows [nodes, kv_heads, head_dim], else rows of the cache [kv_heads, capacity, head_dim] at the
-// nodes' positions. angles float2 [positions, head_dim / 2]: (cos, sin). A warp a row of head_dim.
-extern "C" __global__ void __launch_bounds__(128) rotate_and_split(
-    const u16* qkv, const float2* angles, const int* record, const int* depth, u16* query, u16* keys, u16* values,
-    int nodes, int heads, int kv_heads, int head_dim, int capacity) {
+// Put the rotated keys and the values of a prompt's rows into the cache [kv_heads, capacity, head_dim], at positions
+// length + depth. qkv [rows, heads + 2 kv_heads, head_dim]; angles float2 [positions, head_dim / 2]: (cos, sin). Grid:
+// (rows, kv_heads), of head_dim / 16 threads for the key and as many for the value.
+extern "C" __global__ void rotate_into_cache(
+    const u16* qkv, const float2* angles, const int* length, const int* depth, u16* keys, u16* values, int heads,
+    int head_dim, int capacity) {
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const int slots = heads + 2 * kv_heads, item = blockIdx.x * 4 + threadIdx.x / 32, lane = threadIdx.x & 31;
-    if (item >= nodes * slots) return;
-    const int node = item / slots, slot = item % slots, half = head_dim / 2;
-    const int position = record[LENGTH] + depth[node], kv_head = (slot - heads) % kv_heads;
-    const u16* from = qkv + (long long)item * head_dim;
-    const long long row = capacity ? (long long)kv_head * capacity + position : (long long)node * kv_heads + kv_head;
-    u16* to = slot < heads              ? query + ((long long)node * heads + slot) * head_dim
-              : slot < heads + kv_heads ? keys + row * head_dim
-                                        : values + row * head_dim;
-    const float2* turn = angles + (long long)position * half;
-    for (int i = lane; i < half; i += 32) {
-        if (slot >= heads + kv_heads) {
-            to[i] = from[i];
-            to[i + half] = from[i + half];
-            continue;
-        }
-        float low = to_float(from[i]), high = to_float(from[i + half]);
-        float2 angle = turn[i];
-        to[i] = from_float(low * angle.x - high * angle.y);
-        to[i + half] = from_float(high * angle.x + low * angle.y);
-    }
+    const int row = blockIdx.x, kv_head = blockIdx.y, kv_heads = gridDim.y, half = head_dim / 2;
+    const bool is_value = threadIdx.x >= head_dim / 16;
+    const int dim = threadIdx.x % (head_dim / 16) * 8, position = *length + depth[row];
+    const long long slot = (long long)row * (heads + 2 * kv_heads) + heads + kv_head + (is_value ? kv_heads : 0);
+    const u16* from = qkv + slot * head_dim + dim;
+    u16* to = (is_value ? values : keys) + ((long long)kv_head * capacity + position) * head_dim + dim;
+    uint4 low = *(const uint4*)from, high = *(const uint4*)(from + half);
+    if (!is_value) rotate8(low, high, load_turns(angles + (long long)position * half, dim));
+    *(uint4*)to = low;
+    *(uint4*)(to + half) = high;
 }
 
 // Grid: (chunks of 8192 logits, rows). logits float32 [rows, vocab] -> the best key of each chunk, [rows, chunks].
@@ -166,8 +156,8 @@ extern "C" __global__ void commit_path(
 // With a record, node 0 is its bonus token, which is noted in tokens.
 extern "C" __global__ void __launch_bounds__(128) embed_tokens(
     int* tokens, const uint4* table, const int* record, uint4* out, int width) {
+    wait_for_previous_kernel();  // first, so that no kernel after this one starts before all older ones have ended
     let_next_kernel_start();
-    wait_for_previous_kernel();
     const int row = blockIdx.x, token = record && row == 0 ? record[BONUS] : tokens[row];
     if (record && row == 0 && threadIdx.x == 0) tokens[0] = token;
     for (int i = threadIdx.x; i < width; i += 128) out[(long long)row * width + i] = table[(long long)token * width + i];

@@ -17,6 +17,9 @@
 #ifndef ABLATE
 #define ABLATE 0
 #endif
+#ifndef WIDE_TABLE
+#define WIDE_TABLE 0
+#endif
 enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8 };
 
 constexpr int THREADS = 32 * ROW_WARPS * SLICE_WARPS;
@@ -52,26 +55,40 @@ __device__ __forceinline__ void prefetch_tiles(const uint4* weights, const float
 // What decoding needs: this lane's column of the pair table, or the byte tables.
 struct Tables {
     SharedAddress column;
-    u32 bytes[8];
+    const u8* wide;
+    u32 lane4, bytes[8];
 };
 
 #if DECODE == 0
-// The 256 pairs that a byte stands for, one copy a lane: entry b of lane l at b * 32 + l never meets a bank conflict.
+// The 256 pairs that a byte stands for, one copy a lane: entry b of lane l never meets a bank conflict. A wide table
+// leaves every other 128 bytes free, so that one permute makes an entry's place: the byte, then four times the lane.
+#if WIDE_TABLE
+constexpr int TABLE_ROW = 256;
+#else
+constexpr int TABLE_ROW = 128;
 SHARED u32 pair_table[256 * 32];
+#endif
 
-__device__ __forceinline__ void fill_pair_table(const u32* table) {
+__device__ __forceinline__ void fill_pair_table(u8* to, const u32* table) {
     for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
         u32 pair = table[i >> 3];
-        ((uint4*)pair_table)[i] = make_uint4(pair, pair, pair, pair);
+        *(uint4*)(to + (i >> 3) * TABLE_ROW + (i & 7) * 16) = make_uint4(pair, pair, pair, pair);
     }
 }
 
 // Four bytes -> a0 and a2 of two steps.
 __device__ __forceinline__ void decode_word(u32 word, const Tables& tables, u32 (&pairs)[4]) {
+#if WIDE_TABLE
+    pairs[0] = *(const u32*)(tables.wide + byte_permute(word, tables.lane4, 0x5504));
+    pairs[1] = *(const u32*)(tables.wide + byte_permute(word, tables.lane4, 0x5514));
+    pairs[2] = *(const u32*)(tables.wide + byte_permute(word, tables.lane4, 0x5524));
+    pairs[3] = *(const u32*)(tables.wide + byte_permute(word, tables.lane4, 0x5534));
+#else
     pairs[0] = load_shared4(tables.column + byte_permute(word, 0, 0x4440) * 128);
     pairs[1] = load_shared4(tables.column + byte_permute(word, 0, 0x4441) * 128);
     pairs[2] = load_shared4(tables.column + byte_permute(word, 0, 0x4442) * 128);
     pairs[3] = load_shared4(tables.column + byte_permute(word, 0, 0x4443) * 128);
+#endif
 }
 #elif DECODE == 1
 // Codes are numbered so that i and i + 8 have values of equal sign and equal top bit of the low byte. A permute then
@@ -92,10 +109,15 @@ __device__ __forceinline__ void decode_word(u32 word, const Tables& tables, u32 
 }
 #endif
 
-__device__ __forceinline__ Tables load_tables(const u32* table) {
+// `wide` is where a wide table goes.
+__device__ __forceinline__ Tables load_tables(const u32* table, u8* wide = nullptr) {
     Tables tables = {};
-#if DECODE == 0
-    fill_pair_table(table);
+#if DECODE == 0 && WIDE_TABLE
+    fill_pair_table(wide, table);
+    tables.wide = wide;
+    tables.lane4 = (threadIdx.x & 31) * 4;
+#elif DECODE == 0
+    fill_pair_table((u8*)pair_table, table);
     tables.column = shared_address(pair_table + (threadIdx.x & 31));
 #elif DECODE == 1
 #pragma unroll
@@ -152,8 +174,9 @@ __device__ __forceinline__ float silu(float x) { return divide_fast(x, 1.0f + ex
 // Where rows `row` and `row + 1` of one token lie in the residual and, but for SWIGLU, in y.
 __device__ __forceinline__ long long pair_at(int token, int row, int n) { return (long long)token * n + row; }
 
-// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair. Callers scale with __fmul_rn,
-// which the compiler never joins with the residual's addition: it might in one kernel and not in the other.
+// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair. The
+// compiler never joins __fadd_rn with the product of a scale before it; a plain addition it would join in some
+// configurations and not in others.
 __device__ __forceinline__ void write_pair(
     u16* y, u32 before, int token, int row, int n, int epilogue, float low, float high) {
     if (epilogue == SWIGLU) {  // gate and up rows are interleaved
@@ -166,8 +189,8 @@ __device__ __forceinline__ void write_pair(
         return;
     }
     if (epilogue == ADD_RESIDUAL) {
-        low += to_float((u16)before);
-        high += to_float((u16)(before >> 16));
+        low = __fadd_rn(low, to_float((u16)before));
+        high = __fadd_rn(high, to_float((u16)(before >> 16)));
     }
     if (epilogue == SILU) {
         low = silu(low);
@@ -271,8 +294,7 @@ __device__ __forceinline__ void write_sums(
             for (int i = 0; i < 2; ++i) {
                 int token = tt * 8 + 2 * q + i;
                 if (token < tokens)
-                    write_pair(y, residual, token, row, n, epilogue, __fmul_rn(s[i], scale.x),
-                               __fmul_rn(s[i + 2], scale.y));
+                    write_pair(y, residual, token, row, n, epilogue, s[i] * scale.x, s[i + 2] * scale.y);
             }
         }
     }

@@ -1,131 +1,210 @@
-// The linear of linear.cuh on Hopper's own matrix instruction: four warps multiply 64 rows at once and the tokens stay
-// in shared memory, so that 32 tokens cost hardly more shared-memory traffic, and no more instructions, than eight.
-// Every number of tokens goes through it on such a GPU, because its sums need not equal the other's bits.
+// The linear of linear.cuh on Hopper's own matrix instruction: four warps multiply 64 rows at once, the tokens lie in
+// shared memory, and 32 tokens cost hardly more instructions than eight. It adds in the same order, so a matrix may go
+// from one kernel to the other between numbers of tokens wherever the two are found to give equal bits.
 //
-// Compile-time besides those of linear_parts.cuh: ROW_LOOP (row blocks per thread block), X_BLOCKS (blocks of 64 k per
-// slice and buffer; of two buffers, which hold all tokens' values where they fit). ROW_WARPS is a multiple of 4,
-// X_BLOCKS of DEPTH; ROW_TILES is 1.
+// A warpgroup (four warps) takes 64 rows and a run of slices, one after the other: what it does not share with another
+// warpgroup never leaves it. PARTS thread blocks of a cluster share rows, and exchange sums in each other's shared
+// memory. While the tensor cores multiply a block of 64 k, the warps decode the next.
+//
+// Compile-time besides those of linear_parts.cuh: X_BLOCKS (blocks of 64 k that the tokens are copied by; three such
+// buffers for each run of slices), CLUSTER (thread blocks that share rows). ROW_WARPS is a multiple of 4, ROW_TILES 1.
 
 #include "linear_parts.cuh"
 
 constexpr int OPERAND_BYTES = TOKEN_TILES * 1024;  // 64 k of all tokens
-constexpr int BUFFER_BYTES = SLICE_WARPS * X_BLOCKS * OPERAND_BYTES;
+constexpr int BUFFER_BYTES = X_BLOCKS * OPERAND_BYTES;
+constexpr int BUFFERS = 3, WIDE_BYTES = DECODE == 0 && WIDE_TABLE ? 65536 : 0;
+constexpr int GROUPS = SLICE_WARPS * CLUSTER, OWN_SLICES = SLICES / GROUPS;
+constexpr int LEVELS = OWN_SLICES == 8 ? 3 : OWN_SLICES == 4 ? 2 : OWN_SLICES == 2 ? 1 : 0;
+constexpr int ROUND = X_BLOCKS > DEPTH ? X_BLOCKS : DEPTH;  // blocks a slice is filled up to a multiple of
+constexpr int OWN_TILES = ROW_WARPS / CLUSTER;  // row tiles whose sums a thread block of the cluster finishes
+constexpr int SUMS = TOKEN_TILES * 32;  // float4 of a warp's sums
 
-// Grid: (row blocks / ROW_LOOP, SLICES / SLICE_WARPS); arguments as in linear.cuh.
-extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
+// Add a finished slice to those before it, as a binary tree. `waiting` holds one value a level for this thread.
+__device__ __forceinline__ void add_slice(float (&sums)[TOKEN_TILES][4], float4* waiting, int slice) {
+#pragma unroll
+    for (int level = 0; level < LEVELS; ++level) {
+        float4* place = waiting + level * TOKEN_TILES * THREADS;
+        if (!(slice >> level & 1)) {
+#pragma unroll
+            for (int t = 0; t < TOKEN_TILES; ++t)
+                place[t * THREADS] = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+            return;
+        }
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; ++t) {
+            const float4 before = place[t * THREADS];
+            sums[t][0] = before.x + sums[t][0];
+            sums[t][1] = before.y + sums[t][1];
+            sums[t][2] = before.z + sums[t][2];
+            sums[t][3] = before.w + sums[t][3];
+        }
+    }
+}
+
+// Grid: (CLUSTER, row blocks) in clusters of (CLUSTER, 1); arguments as in linear.cuh, but for workspace and counters.
+extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
-    float4* workspace, u32* counters, int tokens, int n, int k, int epilogue) {
-    DYNAMIC_SHARED(unaligned);
-    u8* shared = align1024(unaligned);
+    float4*, u32*, int tokens, int n, int k, int epilogue) {
+    DYNAMIC_SHARED(all_shared);
+    u8* shared = align1024(all_shared + WIDE_BYTES);
+    float4* waiting = (float4*)(shared + SLICE_WARPS * BUFFERS * BUFFER_BYTES);
+    float4* exchange = waiting + LEVELS * TOKEN_TILES * THREADS;
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const int row_warp = warp % ROW_WARPS, slice_warp = warp / ROW_WARPS;
-    const int first_slice = blockIdx.y * SLICE_WARPS, slice = first_slice + slice_warp;
-    const int blocks = k / 64, row_tiles = n / 16, row_blocks = (row_tiles + ROW_WARPS - 1) / ROW_WARPS;
-    const int chunks = (blocks + SLICES * X_BLOCKS - 1) / (SLICES * X_BLOCKS), padded = chunks * X_BLOCKS;
-    const bool resident = chunks <= 2;  // one copy of the tokens serves all row blocks
-    const int row_rounds = (row_blocks - (int)blockIdx.x + (int)gridDim.x - 1) / (int)gridDim.x;
-    const int stages = resident ? chunks : row_rounds * chunks;
+    const int group = blockIdx.x * SLICE_WARPS + slice_warp, first_slice = group * OWN_SLICES;
+    const int blocks = k / 64, row_tiles = n / 16, block_tile = blockIdx.y * ROW_WARPS;
+    const int per_slice = ((blocks + SLICES - 1) / SLICES + ROUND - 1) / ROUND * ROUND;
+    const int rounds = OWN_SLICES * per_slice / ROUND;
+    if (CLUSTER > 1) cluster_arrive();
 
-    Prefetched ahead[DEPTH];
-    // The next block to load: blocks of this slice in turn, then those of the next row block.
-    int next_tile = blockIdx.x * ROW_WARPS + row_warp, next_block = slice;
-    const uint4* next_codes = weights + ((long long)next_tile * blocks + slice) * (LOADS * 32);
-    const float2* next_scales = scales + ((long long)next_tile * blocks + slice) * 8;
-    auto fetch = [&](Prefetched& slot) {
-        if (next_block < blocks && next_tile < row_tiles) load_tile(slot, next_codes, next_scales, lane);
-        next_block += SLICES;
-        next_codes += TILE_STEP * LOADS * 32;
-        next_scales += TILE_STEP * 8;
-        if (ROW_LOOP > 1 && next_block >= padded * SLICES) {
-            next_block = slice;
-            next_tile += gridDim.x * ROW_WARPS;
-            next_codes = weights + ((long long)next_tile * blocks + slice) * (LOADS * 32);
-            next_scales = scales + ((long long)next_tile * blocks + slice) * 8;
+    // Blocks past the end of a slice multiply tokens of zero by any weights; row tiles past the end are not written.
+    const long long first_tile = (long long)min(block_tile + row_warp, row_tiles - 1) * blocks + first_slice;
+    const uint4* next_codes = kept(weights + first_tile * (LOADS * 32) + lane);
+    const float2* next_scales = kept(scales + first_tile * 8 + lane / 4);
+    Prefetched ahead[DEPTH] = {};
+    int load_block = first_slice;
+    // Load the block of the run that comes next. A slice can only end where it `may`, which is known ahead.
+    auto fetch = [&](Prefetched& slot, bool may_end) {
+        if (load_block < blocks) load_tile(slot, next_codes, next_scales, 0);
+        load_block += SLICES;
+        next_codes = kept(next_codes + TILE_STEP * LOADS * 32);
+        next_scales = kept(next_scales + TILE_STEP * 8);
+        if (may_end && load_block >= per_slice * SLICES) {
+            load_block -= per_slice * SLICES - 1;
+            if (TILE_STEP) {
+                next_codes -= (per_slice * SLICES - 1) * LOADS * 32;
+                next_scales -= (per_slice * SLICES - 1) * 8;
+            }
         }
     };
 #pragma unroll
-    for (int d = 0; d < DEPTH; ++d) fetch(ahead[d]);
-    if (PREFETCH && TILE_STEP) {
-        for (int i = threadIdx.x; i < row_rounds * ROW_WARPS; i += THREADS) {
-            int tile = (blockIdx.x + i / ROW_WARPS * gridDim.x) * ROW_WARPS + i % ROW_WARPS;
-            if (tile < row_tiles) prefetch_tiles(weights, scales, (long long)tile * blocks, blocks);
+    for (int d = 0; d < DEPTH - 1; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
+    if (PREFETCH && TILE_STEP && threadIdx.x < ROW_WARPS && block_tile + threadIdx.x < row_tiles) {
+        const int share = (blocks + CLUSTER - 1) / CLUSTER, from = blockIdx.x * share, count = min(share, blocks - from);
+        const long long tile = (long long)(block_tile + threadIdx.x) * blocks + from;
+        if (count > 0) {
+            prefetch_l2((const u8*)weights + tile * TILE_BYTES, count * TILE_BYTES);
+            if (IS_NF4) prefetch_l2(scales + tile * 8, count * 64);
         }
     }
-    const Tables tables = load_tables(table);
+    const Tables tables = load_tables(table, all_shared);
     let_next_kernel_start();
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
-    auto stage_tokens = [&](int stage) {
-        constexpr int PER_TOKEN = SLICE_WARPS * X_BLOCKS * 8;
-        u8* buffer = shared + (stage & 1) * BUFFER_BYTES;
-        const int first = stage % chunks * X_BLOCKS;
-        for (int i = threadIdx.x; i < tokens * PER_TOKEN; i += THREADS) {
-            int token = i / PER_TOKEN, within = i % PER_TOKEN, piece = within & 7;
-            int slice_of = within / 8 % SLICE_WARPS, ahead_of = within / 8 / SLICE_WARPS;
-            int block = (first + ahead_of) * SLICES + first_slice + slice_of;
-            if (block < blocks && !(ABLATE & NO_TOKENS))
-                copy16_async(buffer + (slice_of * X_BLOCKS + ahead_of) * OPERAND_BYTES + operand_offset(token, piece),
-                             x + (long long)token * k + block * 64 + piece * 8);
+    u8* ring = shared + slice_warp * BUFFERS * BUFFER_BYTES;
+    int stage_slice = first_slice, stage_block = 0, stage_buffer = 0;
+    auto stage_tokens = [&]() {  // the next X_BLOCKS blocks of the run, by the warps that share it
+        constexpr int PIECES = TOKEN_TILES * 64, STEP = 32 * ROW_WARPS;
+        u8* buffer = ring + stage_buffer * BUFFER_BYTES;
+#pragma unroll
+        for (int from = 0; from < X_BLOCKS * PIECES; from += STEP) {
+            const int i = from + row_warp * 32 + lane;
+            const int piece = i & 7, token = i / 8 % (TOKEN_TILES * 8), ahead_of = i / PIECES;
+            const int block = (stage_block + ahead_of) * SLICES + stage_slice;
+            const bool exists = token < tokens && block < blocks && stage_slice < first_slice + OWN_SLICES;
+            if ((X_BLOCKS * PIECES) % STEP == 0 || i < X_BLOCKS * PIECES)
+                copy16_or_zero(
+                    buffer + ahead_of * OPERAND_BYTES + operand_offset(token, piece),
+                    x + (exists ? (long long)token * k + block * 64 + piece * 8 : 0), exists && !(ABLATE & NO_TOKENS));
         }
         commit_copies();
-    };
-    stage_tokens(0);
-    if (stages > 1) stage_tokens(1);
-
-    float4* exchange = (float4*)(ROW_LOOP == 1 ? shared : shared + (stages > 1 ? 2 : 1) * BUFFER_BYTES);
-    int stage = 0;
-    for (int row_block = blockIdx.x; row_block < row_blocks; row_block += gridDim.x) {
-        float sums[1][TOKEN_TILES][4] = {};
-        for (int chunk = 0; chunk < chunks; ++chunk, ++stage) {
-            if (stage < stages) {
-                if (stage + 1 < stages) wait_copies<1>();
-                else wait_copies<0>();
-                publish_to_tensor_cores();
-                __syncthreads();
-            }
-            const int buffer = resident ? chunk : stage & 1;
-            const Operand operand = operand_at(shared + buffer * BUFFER_BYTES + slice_warp * X_BLOCKS * OPERAND_BYTES);
-            for (int from = 0; from < X_BLOCKS; from += DEPTH) {
-#pragma unroll
-                for (int d = 0; d < DEPTH; ++d) {
-                    const int i = chunk * X_BLOCKS + from + d;
-                    if (i * SLICES + slice < blocks) {
-                        const Operand here = operand_after(operand, (from + d) * OPERAND_BYTES);
-                        const float2 scale = ahead[d].scale;
-                        u32 a[4][4];
-#if IS_NF4
-                        float c[TOKEN_TILES][4];
-#else
-                        float(&c)[TOKEN_TILES][4] = sums[0];
-#endif
-#pragma unroll
-                        for (int half = 0; half < 2; ++half) {  // one half is multiplied while the next is decoded
-                            decode_half(ahead[d], half, tables, a);
-                            products_begin();
-#pragma unroll
-                            for (int step = 2 * half; step < 2 * half + 2; ++step)
-                                multiply64(c, a[step][0], a[step][1], a[step][2], a[step][3], here, step,
-                                           !IS_NF4 || step > 0);
-                        }
-                        fetch(ahead[d]);
-                        products_end();
-#if IS_NF4
-#pragma unroll
-                        for (int tt = 0; tt < TOKEN_TILES; ++tt) add_scaled(sums[0][tt], scale, c[tt]);
-#endif
-                    } else if (ROW_LOOP > 1) {
-                        fetch(ahead[d]);
-                    }
-                }
-            }
-            if (!resident) {
-                __syncthreads();
-                if (stage + 2 < stages) stage_tokens(stage + 2);
-            }
+        stage_buffer = stage_buffer + 1 == BUFFERS ? 0 : stage_buffer + 1;
+        stage_block += X_BLOCKS;
+        if (stage_block == per_slice) {
+            stage_block = 0;
+            ++stage_slice;
         }
-        if (ROW_LOOP == 1 && SLICE_WARPS > 1 && resident) __syncthreads();  // the exchange lies over the tokens
-        add_slices(sums, exchange, row_warp, slice_warp, lane);
-        if (add_parts(sums, workspace, counters, row_block, row_warp, slice_warp, lane) && slice_warp == 0)
-            write_sums(sums, scales, y, residual, row_block * ROW_WARPS + row_warp, lane, tokens, n, epilogue);
+    };
+    __syncthreads();  // the table is complete
+    stage_tokens();
+    stage_tokens();
+
+    float sums[TOKEN_TILES][4] = {}, products[TOKEN_TILES][4] = {};
+    u32 codes[2][4][4] = {};
+    int buffer = 0, done = -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
+    // Take the products of the block before, which the tensor cores have finished with. That a slice may end at any
+    // block is asked so that there is a branch: the compiler keeps what lies behind it behind the products of before.
+    auto take = [&](float2 scale) {
+#if IS_NF4
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; ++t) add_scaled(sums[t], scale, products[t]);
+#endif
+        if (++done != per_slice) return;
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES && !IS_NF4; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) sums[t][i] = products[t][i];
+        add_slice(sums, waiting + threadIdx.x, slice);
+        done = 0;
+        if (++slice == OWN_SLICES) return;
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; ++t) sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0.0f;
+    };
+    for (int round = 0; round < rounds; ++round) {
+#pragma unroll
+        for (int d = 0; d < ROUND; ++d) {
+            Prefetched &tile = ahead[d % DEPTH], &before = ahead[(d + DEPTH - 1) % DEPTH];
+            decode_half(tile, 0, tables, codes[d & 1]);
+            decode_half(tile, 1, tables, codes[d & 1]);
+            products_wait(products, codes[~d & 1]);
+            take(before.scale);
+            fetch(before, (d + DEPTH) % ROUND == 0);
+            if (d % X_BLOCKS == 0) {
+                wait_copies<1>();
+                publish_to_tensor_cores();
+                barrier(1 + slice_warp, 32 * ROW_WARPS);
+                stage_tokens();  // into the buffer that all have finished with
+            }
+            const Operand operand = operand_at(ring + buffer * BUFFER_BYTES + d % X_BLOCKS * OPERAND_BYTES);
+            products_begin();
+#pragma unroll
+            for (int step = 0; step < 4; ++step)
+                multiply64(products, codes[d & 1][step][0], codes[d & 1][step][1], codes[d & 1][step][2],
+                           codes[d & 1][step][3], operand, step, step > 0 || (!IS_NF4 && done > 0));
+            products_commit();
+            if (d % X_BLOCKS == X_BLOCKS - 1) buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
+        }
+    }
+    products_wait(products, codes[1]);
+    take(ahead[DEPTH - 1].scale);
+    wait_copies<0>();
+
+    if (GROUPS == 1 || (ABLATE & NO_EXCHANGE)) {
+        float all[1][TOKEN_TILES][4];
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; ++t)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) all[0][t][i] = sums[t][i];
+        write_sums(all, scales, y, residual, block_tile + row_warp, lane, tokens, n, epilogue);
+        return;
+    }
+    if (CLUSTER > 1) cluster_wait();  // the others are there
+    const int owner = row_warp / OWN_TILES;
+    float4* slot = exchange + (group * OWN_TILES + row_warp % OWN_TILES) * SUMS + lane;
+#pragma unroll
+    for (int t = 0; t < TOKEN_TILES; ++t)
+        store_peer16(slot + t * 32, owner, make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
+    if (CLUSTER > 1) {
+        cluster_arrive();
+        cluster_wait();
+    } else {
+        __syncthreads();
+    }
+    for (int item = warp; item < OWN_TILES * TOKEN_TILES; item += ROW_WARPS * SLICE_WARPS) {
+        float4 part[GROUPS];
+#pragma unroll
+        for (int i = 0; i < GROUPS; ++i) part[i] = exchange[(i * OWN_TILES * TOKEN_TILES + item) * 32 + lane];
+#pragma unroll
+        for (int step = 1; step < GROUPS; step *= 2)
+#pragma unroll
+            for (int i = 0; i < GROUPS; i += 2 * step) part[i] = add4(part[i], part[i + step]);
+        const int tile = block_tile + blockIdx.x * OWN_TILES + item / TOKEN_TILES;
+        if (tile >= row_tiles) continue;
+        const int row = tile * 16 + 2 * (lane >> 2), token = item % TOKEN_TILES * 8 + 2 * (lane & 3);
+        float2 by = make_float2(1.0f, 1.0f);
+        if (DECODE == 2) by = scales[tile * 8 + (lane >> 2)];
+        if (token < tokens) write_pair(y, residual, token, row, n, epilogue, part[0].x * by.x, part[0].z * by.y);
+        if (token + 1 < tokens) write_pair(y, residual, token + 1, row, n, epilogue, part[0].y * by.x, part[0].w * by.y);
     }
 }

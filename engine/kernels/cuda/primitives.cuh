@@ -93,6 +93,12 @@ __device__ __forceinline__ float divide_fast(float x, float y) {  // within 2 un
 
 // ---- memory ----
 
+// A pointer as it is: the compiler would rather make it anew from its parts each time.
+template <typename T> __device__ __forceinline__ T* kept(T* pointer) {
+    asm("" : "+l"(pointer));
+    return pointer;
+}
+
 __device__ __forceinline__ uint4 load_once16(const void* address) {  // weights: read by one thread, once
     uint4 v;
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
@@ -112,6 +118,16 @@ __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
     asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(target), "l"(global) : "memory");
 #else
     *(uint4*)shared = *(const uint4*)global;
+#endif
+}
+
+// Copy, or write zeros without reading.
+__device__ __forceinline__ void copy16_or_zero(void* shared, const void* global, bool copies) {
+#if __CUDA_ARCH__ >= 800
+    u32 target = (u32)__cvta_generic_to_shared(shared), bytes = copies ? 16 : 0;
+    asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(target), "l"(global), "r"(bytes) : "memory");
+#else
+    *(uint4*)shared = copies ? *(const uint4*)global : make_uint4(0, 0, 0, 0);
 #endif
 }
 
@@ -153,6 +169,49 @@ __device__ __forceinline__ uint4 load_matrices(const void* row) {
                  : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
     return v;
 }
+
+// The same with rows and columns exchanged: a lane gets rows 2q and 2q + 1 of column g of each.
+__device__ __forceinline__ uint4 load_matrices_transposed(const void* row) {
+    uint4 v;
+    u32 source = (u32)__cvta_generic_to_shared(row);
+    asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "r"(source) : "memory");
+    return v;
+}
+
+// ---- threads of a block, thread blocks of a cluster ----
+
+// Wait until `threads` threads (whole warps) have come here under the same id, 1 to 15.
+__device__ __forceinline__ void barrier(int id, int threads) {
+    asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
+
+#if __CUDA_ARCH__ >= 900
+__device__ __forceinline__ void cluster_barrier() {
+    asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
+}
+
+// The same in two steps, between which there is time for something else.
+__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
+
+// Write to thread block `rank` of the cluster, where this one has `mine`.
+__device__ __forceinline__ void store_peer16(float4* mine, int rank, float4 v) {
+    u32 address = (u32)__cvta_generic_to_shared(mine), peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+    asm volatile("st.shared::cluster.v4.f32 [%0], {%1, %2, %3, %4};"
+                 ::"r"(peer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
+}
+
+// Read what thread block `rank` of the cluster has where this one has `mine` in its shared memory.
+__device__ __forceinline__ float2 load_peer8(const void* mine, int rank) {
+    u32 address = (u32)__cvta_generic_to_shared(mine), peer;
+    float2 v;
+    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
+    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(peer) : "memory");
+    return v;
+}
+#endif
 
 // ---- a warp's lanes together ----
 
@@ -218,8 +277,9 @@ __device__ __forceinline__ void publish_to_tensor_cores() {  // shared memory th
     asm volatile("fence.proxy.async.shared::cta;" ::: "memory");
 }
 __device__ __forceinline__ void products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void products_end() {
-    asm volatile("wgmma.commit_group.sync.aligned;\n\twgmma.wait_group.sync.aligned 0;" ::: "memory");
+// What is written behind this stays behind the products in the compiled order too: they are to run beside it.
+__device__ __forceinline__ void products_commit() {
+    asm volatile("wgmma.commit_group.sync.aligned;\n\tbar.warp.sync 0xffffffff;" ::: "memory");
 }
 
 // Where a right operand lies, as the instruction wants it: rows of 128 bytes, eight rows together, pieces exchanged.
@@ -230,7 +290,25 @@ __device__ __forceinline__ Operand operand_at(const u8* tile) {
 __device__ __forceinline__ Operand operand_after(Operand tile, int bytes) { return tile + (u32)(bytes >> 4); }
 
 #define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
+#define CODES4(a) "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])
 #define SUMS16(c, i) SUMS4(c[i]), SUMS4(c[i + 1]), SUMS4(c[i + 2]), SUMS4(c[i + 3])
+// Wait for the products under way: their sums may be read then, and their left operand's registers written.
+template <int TILES>
+__device__ __forceinline__ void products_wait(float (&c)[TILES][4], u32 (&a)[4][4]) {
+    if constexpr (TILES == 1)
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS4(c[0]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+    else if constexpr (TILES == 2)
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS4(c[0]), SUMS4(c[1]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+    else if constexpr (TILES == 4)
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS16(c, 0), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+    else
+        asm volatile("wgmma.wait_group.sync.aligned 0;"
+            : SUMS16(c, 0), SUMS16(c, 4), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+}
+
 // c[64 x 8 TILES] (+)= a * the 16 columns from 16 * step on of the operand at `tile` (8 * TILES rows of 64 values, at a
 // multiple of 1024 bytes). A warp holds 16 rows, as in multiply16x8x16; the sums start at zero unless `keep`.
 template <int TILES>

@@ -1,0 +1,213 @@
+// The far keys of a thread block's rows: every SLOTS-th block of FAR_BLOCK positions, one after the other, by eight
+// warps. Warps share the positions for the scores, then the head dims for the sums, so that a sum is made by one warp,
+// in order of position. A row beyond a block's end takes nothing from it: its weights are zero, which changes no bit.
+
+// Bring a block's keys or values on the way into shared memory; zeros past the end, where memory may hold anything.
+__device__ __forceinline__ void fetch_block(u16* to, const u16* from, int first, int length) {
+#pragma unroll
+    for (int i = 0; i < FAR_BLOCK * PIECES / FAR_THREADS; ++i) {
+        int item = threadIdx.x + i * FAR_THREADS, row = item / PIECES, piece = item % PIECES, position = first + row;
+        const u16* source = from + (long long)min(position, length - 1) * HEAD_DIM + piece * 8;
+        copy16_or_zero(piece_at<HEAD_DIM>(to, row, piece), source, position < length);
+    }
+}
+
+__device__ __forceinline__ void fetch_round(
+    u8* memory, int what, const u16* from, const Place& place, int round, int rounds) {
+    if (round < rounds)
+        fetch_block((u16*)(memory + what) + round % STAGES * BLOCK_VALUES, from,
+                    (place.slot + round * SLOTS) * FAR_BLOCK, place.length);
+    commit_copies();
+}
+
+// Rotate the rows' queries into shared memory; `turns` are those of this thread's first share.
+__device__ __forceinline__ void place_queries(
+    u16* query, const u16* qkv, const float2* angles, const int* depth, const Place& place, Turns turns) {
+    const int width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
+    for (int item = threadIdx.x; item < ROWS * PIECES / 2; item += FAR_THREADS) {
+        int row = item / (PIECES / 2), piece = item % (PIECES / 2);
+        RowOwner owner = row_owner(place, row);
+        if (owner.node < 0) continue;
+        const u16* from = qkv + (long long)owner.node * width + owner.head * HEAD_DIM + piece * 8;
+        uint4 low = *(const uint4*)from, high = *(const uint4*)(from + HEAD_DIM / 2);
+        if (item >= FAR_THREADS)
+            turns = load_turns(angles + (long long)(place.length + depth[owner.node]) * (HEAD_DIM / 2), piece * 8);
+        rotate8(low, high, turns);
+        *(uint4*)piece_at<HEAD_DIM>(query, row, piece) = low;
+        *(uint4*)piece_at<HEAD_DIM>(query, row, piece + PIECES / 2) = high;
+    }
+}
+
+constexpr int TILE_STEP = FAR_WARPS / UNITS, MY_TILES = (ROW_TILES + TILE_STEP - 1) / TILE_STEP;
+constexpr int DIM_TILES = HEAD_DIM / 8 / FAR_WARPS;  // of eight head dims, that a warp sums
+
+struct FarState {
+    float sums[ROW_TILES][DIM_TILES][4];
+    float peak[ROW_TILES][2];  // of rows g and g + 8, in powers of two
+    float row_peak, row_total;  // of row threadIdx.x, in the first threads
+};
+
+// Scores of this warp's 16 positions, in powers of two, -infinity beyond a row's end; their peaks go to shared memory.
+__device__ __forceinline__ void score_block(
+    float (&scores)[MY_TILES][2][4], u8* memory, u16* keys, const int (&end)[ROW_TILES][2], int first, float scale) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3;
+    const int unit = warp % UNITS, part = TILE_STEP == 1 ? 0 : warp / UNITS, matrix = lane >> 3, r = lane & 7;
+    u16* query = (u16*)(memory + QUERY_AT);
+    float* peaks = (float*)(memory + PEAKS_AT);
+#pragma unroll
+    for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        uint4 k = load_matrices(
+            piece_at<HEAD_DIM>(keys, 16 * unit + 8 * (matrix >> 1) + r, 2 * step + (matrix & 1)));
+#pragma unroll
+        for (int i = 0; i < MY_TILES; ++i) {
+            int tile = i * TILE_STEP + part;
+            if (tile >= ROW_TILES) break;
+            uint4 a = load_matrices(
+                piece_at<HEAD_DIM>(query, 16 * tile + 8 * (matrix & 1) + r, 2 * step + (matrix >> 1)));
+            multiply16x8x16(scores[i][0], a.x, a.y, a.z, a.w, k.x, k.y);
+            multiply16x8x16(scores[i][1], a.x, a.y, a.z, a.w, k.z, k.w);
+        }
+    }
+#pragma unroll
+    for (int tile = 0; tile < ROW_TILES; ++tile) {
+        if (tile % TILE_STEP != part) continue;
+        float(&mine)[2][4] = scores[tile / TILE_STEP];
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            float peak = -INFINITY;
+#pragma unroll
+            for (int i = 0; i < 4; ++i) {
+                float& s = mine[i / 2][2 * row + i % 2];
+                int position = first + 16 * unit + 8 * (i / 2) + 2 * q + i % 2;
+                s = position < end[tile][row] ? s * scale : -INFINITY;
+                peak = fmaxf(peak, s);
+            }
+            peak = quad_max(peak);
+            if (q == 0) peaks[(16 * tile + g + 8 * row) * UNITS + unit] = peak;
+        }
+    }
+}
+
+__device__ __forceinline__ float peak_of(const u8* memory, int row) {
+    const float4* peaks = (const float4*)(memory + PEAKS_AT) + row * (UNITS / 4);
+    float peak = -INFINITY;
+#pragma unroll
+    for (int i = 0; i < UNITS / 4; ++i)
+        peak = fmaxf(peak, fmaxf(fmaxf(peaks[i].x, peaks[i].y), fmaxf(peaks[i].z, peaks[i].w)));
+    return peak;
+}
+
+__device__ __forceinline__ float base_of(float peak) { return peak == -INFINITY ? 0.0f : peak; }
+
+// The rows' new peaks, the sums faded to them, and the weights of this warp's positions, to shared memory.
+__device__ __forceinline__ void weigh_block(FarState& state, const float (&scores)[MY_TILES][2][4], u8* memory) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3;
+    const int unit = warp % UNITS, part = TILE_STEP == 1 ? 0 : warp / UNITS;
+    u16* weights = (u16*)(memory + WEIGHTS_AT);
+    float* totals = (float*)(memory + TOTALS_AT);
+#pragma unroll
+    for (int tile = 0; tile < ROW_TILES; ++tile) {
+#pragma unroll
+        for (int row = 0; row < 2; ++row) {
+            const int at = 16 * tile + g + 8 * row;
+            float peak = fmaxf(state.peak[tile][row], peak_of(memory, at)), base = base_of(peak);
+            float fade = exp2_fast(state.peak[tile][row] - base);
+            state.peak[tile][row] = peak;
+#pragma unroll
+            for (int n = 0; n < DIM_TILES; ++n) {
+                state.sums[tile][n][2 * row] *= fade;
+                state.sums[tile][n][2 * row + 1] *= fade;
+            }
+            if (tile % TILE_STEP != part) continue;
+            const float(&mine)[2][4] = scores[tile / TILE_STEP];
+            float total = 0.0f;
+#pragma unroll
+            for (int half = 0; half < 2; ++half) {
+                float low = exp2_fast(mine[half][2 * row] - base), high = exp2_fast(mine[half][2 * row + 1] - base);
+                total += low;
+                total += high;
+                *(u32*)(piece_at<FAR_BLOCK>(weights, at, 2 * unit + half) + 2 * q) = pack2(low, high);
+            }
+            total = quad_sum(total);
+            if (q == 0) totals[at * UNITS + unit] = total;
+        }
+    }
+}
+
+// sums += weights * values, for this warp's head dims.
+__device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* values) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, matrix = lane >> 3, r = lane & 7;
+    u16* weights = (u16*)(memory + WEIGHTS_AT);
+    uint4 v;  // two tiles of eight dims, or two units of one
+#pragma unroll
+    for (int unit = 0; unit < UNITS; ++unit) {
+        if (DIM_TILES == 2)
+            v = load_matrices_transposed(
+                piece_at<HEAD_DIM>(values, 16 * unit + 8 * (matrix & 1) + r, 2 * warp + (matrix >> 1)));
+        else if (unit % 2 == 0)
+            v = load_matrices_transposed(piece_at<HEAD_DIM>(values, 16 * unit + 8 * matrix + r, warp));
+        else v = make_uint4(v.z, v.w, 0, 0);
+#pragma unroll
+        for (int tile = 0; tile < ROW_TILES; ++tile) {
+            uint4 a = load_matrices(
+                piece_at<FAR_BLOCK>(weights, 16 * tile + 8 * (matrix & 1) + r, 2 * unit + (matrix >> 1)));
+            multiply16x8x16(state.sums[tile][0], a.x, a.y, a.z, a.w, v.x, v.y);
+            if (DIM_TILES == 2) multiply16x8x16(state.sums[tile][DIM_TILES - 1], a.x, a.y, a.z, a.w, v.z, v.w);
+        }
+    }
+}
+
+// The peak and total of row threadIdx.x, a thread a row.
+__device__ __forceinline__ float move_row_peak(FarState& state, const u8* memory) {
+    float peak = fmaxf(state.row_peak, peak_of(memory, threadIdx.x));
+    float fade = exp2_fast(state.row_peak - base_of(peak));
+    state.row_peak = peak;
+    return fade;
+}
+
+__device__ __forceinline__ void add_row_total(FarState& state, const u8* memory, float fade) {
+    const float* totals = (const float*)(memory + TOTALS_AT) + threadIdx.x * UNITS;
+    float total = 0.0f;
+#pragma unroll
+    for (int i = 0; i < UNITS; ++i) total += totals[i];
+    state.row_total = fmaf(state.row_total, fade, total);
+}
+
+// All rounds of the eight far warps, after the first STAGES rounds have been asked for and the queries are in place.
+__device__ __forceinline__ void far_rounds(
+    FarState& state, u8* memory, const u16* keys, const u16* values, const Place& place,
+    const int (&end)[ROW_TILES][2], int rounds, float scale) {
+#pragma unroll 1
+    for (int round = 0; round < rounds; ++round) {
+        const int stage = round % STAGES, first = (place.slot + round * SLOTS) * FAR_BLOCK;
+        float scores[MY_TILES][2][4] = {}, fade = 0.0f;
+        score_block(scores, memory, (u16*)(memory + KEYS_AT) + stage * BLOCK_VALUES, end, first, scale);
+        barrier(FAR_BARRIER, FAR_THREADS);  // peaks are there, the block's keys are done with
+        fetch_round(memory, KEYS_AT, keys, place, round + STAGES, rounds);
+        weigh_block(state, scores, memory);
+        if (threadIdx.x < ROWS) fade = move_row_peak(state, memory);
+        wait_copies<2 * STAGES - 1>();
+        barrier(FAR_BARRIER, FAR_THREADS);  // weights and totals are there, and this block's values
+        if (threadIdx.x < ROWS) add_row_total(state, memory, fade);
+        add_values(state, memory, (u16*)(memory + VALUES_AT) + stage * BLOCK_VALUES);
+        if (round + 1 < rounds) {
+            wait_copies<2 * STAGES - 2>();
+            barrier(FAR_BARRIER, FAR_THREADS);  // the next block's keys are there, this one's values are done with
+            fetch_round(memory, VALUES_AT, values, place, round + STAGES, rounds);
+        }
+    }
+}
+
+// Write the rows' sums and (peak, total) where all SLOTS' are added.
+__device__ __forceinline__ void write_far(const FarState& state, float* sums, float2* marks) {
+    const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3;
+    if (threadIdx.x < ROWS) marks[threadIdx.x] = make_float2(state.row_peak, state.row_total);
+#pragma unroll
+    for (int tile = 0; tile < ROW_TILES; ++tile)
+#pragma unroll
+        for (int n = 0; n < DIM_TILES; ++n)
+#pragma unroll
+            for (int row = 0; row < 2; ++row)
+                *(float2*)(sums + sum_at(16 * tile + g + 8 * row, (DIM_TILES * warp + n) * 8 + 2 * q)) =
+                    make_float2(state.sums[tile][n][2 * row], state.sums[tile][n][2 * row + 1]);
+}

@@ -1,0 +1,130 @@
+// The near keys of one task, by one warp: the last NEAR keys of its node, itself included, are 16 rows of a
+// tensor-core step in order of position, each from wherever it lies: the cache, or the layer's qkv as an ancestor.
+
+struct NearKeys {
+    uint4 keys[2][CHUNKS32];  // lane (g, q): key g of each half, dims 32 c + 8 q and on
+};
+
+// The node that has key lane % 16 of the near keys, or -1 for a key of the cache.
+__device__ __forceinline__ int near_owner(const int* ancestor_at, int node, int first, int length) {
+    int above = first + (threadIdx.x & 15) - length;
+    return above >= 0 ? ancestor_at[node * NEAR + above] : -1;
+}
+
+// Ask for the angles of the positions from `length` on that the node's path takes. Several warps may write the same
+// bytes to the same place.
+__device__ __forceinline__ void fetch_angles(float2* to, const float2* angles, int length, int depth) {
+    const int lane = threadIdx.x & 31;
+    const u8* from = (const u8*)(angles + (long long)length * (HEAD_DIM / 2));
+    for (int i = lane; i < (depth + 1) * (HEAD_DIM / 4); i += 32) copy16_async((u8*)to + 16 * i, from + 16 * i);
+    commit_copies();
+}
+
+// Load the keys as they are, and ask for the values. Keys before the text's start have values of zero.
+__device__ __forceinline__ void fetch_near(
+    NearKeys& near, u16* near_values, const u16* qkv, const u16* keys, const u16* values, const Place& place, int owner,
+    int first) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    const int width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
+    const u16* node_keys = qkv + (place.kv_heads * GROUP + place.kv_head) * HEAD_DIM;
+    const u16* node_values = node_keys + place.kv_heads * HEAD_DIM;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int from = __shfl_sync(~0u, owner, 8 * half + g);
+        const u16* key = from >= 0 ? node_keys + (long long)from * width
+                                   : keys + (long long)max(first + 8 * half + g, 0) * HEAD_DIM;
+#pragma unroll
+        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = *(const uint4*)(key + 32 * c + 8 * q);
+    }
+#pragma unroll
+    for (int i = 0; i < NEAR * PIECES / 32; ++i) {
+        int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES, position = first + row;
+        int from = __shfl_sync(~0u, owner, row);
+        const u16* value = from >= 0 ? node_values + (long long)from * width : values + (long long)max(position, 0) * HEAD_DIM;
+        copy16_or_zero(piece_at<HEAD_DIM>(near_values, row, piece), value + piece * 8, position >= 0);
+    }
+    commit_copies();
+}
+
+// Rotate the keys that come from qkv; angles are those from position `length` on.
+__device__ __forceinline__ void rotate_near(NearKeys& near, const float2* angles, int first, int length) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+        int above = first + 8 * half + g - length;
+        if (above < 0) continue;
+#pragma unroll
+        for (int c = 0; c < CHUNKS64; ++c)
+            rotate8(near.keys[half][c], near.keys[half][c + CHUNKS64],
+                    load_turns(angles + above * (HEAD_DIM / 2), 32 * c + 8 * q));
+    }
+}
+
+// Keep the node's own key and value, the last of the near ones, for the commit; scratch row [HEAD_DIM] each.
+__device__ __forceinline__ void write_scratch(const NearKeys& near, u16* near_values, u16* key, u16* value) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+    if (g == 7) {
+#pragma unroll
+        for (int c = 0; c < CHUNKS32; ++c) *(uint4*)(key + 32 * c + 8 * q) = near.keys[1][c];
+    }
+    if (lane < PIECES) *(uint4*)(value + 8 * lane) = *(const uint4*)piece_at<HEAD_DIM>(near_values, NEAR - 1, lane);
+}
+
+// Scores of 16 keys for the task's heads, whose queries are the rows from first_row on.
+__device__ __forceinline__ void score_near(float (&scores)[2][4], const NearKeys& near, u16* query, int first_row) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
+#pragma unroll
+    for (int c = 0; c < CHUNKS32; ++c) {
+        uint4 a[2] = {};
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (g + 8 * i < TASK_HEADS) a[i] = *(const uint4*)piece_at<HEAD_DIM>(query, first_row + g + 8 * i, 4 * c + q);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+            const uint4& k = near.keys[half][c];
+            multiply16x8x16(scores[half], a[0].x, a[1].x, a[0].y, a[1].y, k.x, k.y);
+            multiply16x8x16(scores[half], a[0].z, a[1].z, a[0].w, a[1].w, k.z, k.w);
+        }
+    }
+}
+
+// The sums of the task's heads, rows from `row` on of `sums` and `marks`.
+__device__ __forceinline__ void add_near(
+    float (&scores)[2][4], u16* near_values, float* sums, float2* marks, int row, int first, float scale) {
+    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, matrix = lane >> 3, r = lane & 7;
+    u32 weights[2][2];
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        float peak = -INFINITY, total = 0.0f, s[4];
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            int position = first + 8 * (j / 2) + 2 * q + j % 2;
+            s[j] = position >= 0 ? scores[j / 2][2 * i + j % 2] * scale : -INFINITY;
+            peak = fmaxf(peak, s[j]);
+        }
+        peak = quad_max(peak);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) {
+            s[j] = exp2_fast(s[j] - peak);
+            total += s[j];
+        }
+        total = quad_sum(total);
+        weights[0][i] = pack2(s[0], s[1]);
+        weights[1][i] = pack2(s[2], s[3]);
+        if (q == 0 && g + 8 * i < TASK_HEADS) marks[row + g + 8 * i] = make_float2(peak, total);
+    }
+#pragma unroll
+    for (int pair = 0; pair < PIECES / 2; ++pair) {
+        uint4 v = load_matrices_transposed(piece_at<HEAD_DIM>(near_values, 8 * (matrix & 1) + r, 2 * pair + (matrix >> 1)));
+        float products[2][4] = {};
+        multiply16x8x16(products[0], weights[0][0], weights[0][1], weights[1][0], weights[1][1], v.x, v.y);
+        multiply16x8x16(products[1], weights[0][0], weights[0][1], weights[1][0], weights[1][1], v.z, v.w);
+#pragma unroll
+        for (int i = 0; i < 2; ++i)
+            if (g + 8 * i < TASK_HEADS)
+#pragma unroll
+                for (int n = 0; n < 2; ++n)
+                    *(float2*)(sums + sum_at(row + g + 8 * i, 16 * pair + 8 * n + 2 * q)) =
+                        make_float2(products[n][2 * i], products[n][2 * i + 1]);
+    }
+}
