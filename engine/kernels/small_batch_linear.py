@@ -20,8 +20,8 @@ __all__ = [
 ]  # fmt: skip
 
 MAX_TOKENS = 64
-TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
 MAX_WORKSPACE = 2 << 20  # float32 partial sums
+TABLE_BYTES, WIDE_TABLE_BYTES = 32 << 10, 64 << 10  # of the pairs that a byte of NF4 stands for
 MAX_PLACES = 640  # of which the largest result is told, so that one thread block looks through them quickly
 MAX_RESIDENT = 4096  # input features whose values a thread block may hold at once
 MAX_NORM_WIDTH = 2048  # input features that the kernel can normalise on their way
@@ -100,7 +100,7 @@ class LinearConfig:
 
     def grid(self, n: int) -> tuple[int, int]:
         blocks = math.ceil(n / self.block_rows)
-        return (self.cluster, blocks) if self.wgmma else (blocks, self.parts)
+        return (self.cluster, blocks) if self.wgmma else (math.ceil(blocks / self.row_loop), self.parts)
 
     def shared_bytes(self, k: int) -> int:
         """Dynamic shared memory for `k` input features."""

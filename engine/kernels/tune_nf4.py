@@ -55,8 +55,11 @@ CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
 
 # (row_tiles, row_warps, slice_warps, min_blocks) of the resident kernel, by token tiles
 RESIDENT_CUTS: dict[int, list[tuple[int, int, int, int]]] = {
-    1: [(1, 1, 8, 2), (1, 2, 8, 1), (2, 1, 8, 2), (1, 2, 4, 2), (1, 4, 2, 2), (1, 4, 1, 3)],
-    2: [(1, 1, 8, 2), (1, 2, 8, 1), (2, 1, 8, 2), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 2), (1, 4, 1, 2)],
+    1: [(1, 1, 8, 2), (1, 2, 8, 1), (2, 1, 8, 2), (1, 2, 4, 2), (1, 4, 2, 2), (1, 4, 1, 3), (2, 2, 8, 1)],
+    2: [
+        *((1, 1, 8, 2), (1, 2, 8, 1), (2, 1, 8, 2), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 2), (1, 4, 1, 2)),
+        *((2, 2, 8, 1), (4, 1, 8, 1), (1, 3, 8, 1)),
+    ],
     4: [(1, 1, 8, 2), (1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 1)],
     8: [(1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 1), (1, 4, 2, 1)],
 }
@@ -243,4 +246,4 @@ def _save(table: dict[str, dict[str, int]]) -> None:
 
 def _path() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-    return cache_folder() / f"linear-{name}-v4.json"
+    return cache_folder() / f"linear-{name}-v5.json"

@@ -174,8 +174,9 @@ __device__ __forceinline__ float silu(float x) { return divide_fast(x, 1.0f + ex
 // Where rows `row` and `row + 1` of one token lie in the residual and, but for SWIGLU, in y.
 __device__ __forceinline__ long long pair_at(int token, int row, int n) { return (long long)token * n + row; }
 
-// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair. Callers scale with __fmul_rn,
-// which the compiler never joins with the residual's addition: it might in one kernel and not in the other.
+// Write rows 2g and 2g + 1 (values low, high) of one token; `before` is the residual's pair. The
+// compiler never joins __fadd_rn with the product of a scale before it; a plain addition it would join in some
+// configurations and not in others.
 __device__ __forceinline__ void write_pair(
     u16* y, u32 before, int token, int row, int n, int epilogue, float low, float high) {
     if (epilogue == SWIGLU) {  // gate and up rows are interleaved
@@ -188,8 +189,8 @@ __device__ __forceinline__ void write_pair(
         return;
     }
     if (epilogue == ADD_RESIDUAL) {
-        low += to_float((u16)before);
-        high += to_float((u16)(before >> 16));
+        low = __fadd_rn(low, to_float((u16)before));
+        high = __fadd_rn(high, to_float((u16)(before >> 16)));
     }
     if (epilogue == SILU) {
         low = silu(low);
@@ -293,8 +294,7 @@ __device__ __forceinline__ void write_sums(
             for (int i = 0; i < 2; ++i) {
                 int token = tt * 8 + 2 * q + i;
                 if (token < tokens)
-                    write_pair(y, residual, token, row, n, epilogue, __fmul_rn(s[i], scale.x),
-                               __fmul_rn(s[i + 2], scale.y));
+                    write_pair(y, residual, token, row, n, epilogue, s[i] * scale.x, s[i + 2] * scale.y);
             }
         }
     }

@@ -202,8 +202,7 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear_residen
             const int token = fragment(i) % TOKEN_TILES * 8 + 2 * (lane & 3);
             const int row = tile_of(i, row_block) * 16 + 2 * (lane >> 2);
             const float2 by = row_scales[i];
-            const float results[2][2] = {{__fmul_rn(sum.x, by.x), __fmul_rn(sum.z, by.y)},
-                                        {__fmul_rn(sum.y, by.x), __fmul_rn(sum.w, by.y)}};  // [token, row]
+            const float results[2][2] = {{sum.x * by.x, sum.z * by.y}, {sum.y * by.x, sum.w * by.y}};  // [token, row]
 #pragma unroll
             for (int j = 0; j < 2; ++j) {
 #if BEST
