@@ -177,10 +177,10 @@ __device__ __forceinline__ float move_row_peak(FarState& state, const u8* memory
 }
 
 __device__ __forceinline__ void add_row_total(FarState& state, const u8* memory, float fade) {
-    const float* totals = (const float*)(memory + TOTALS_AT) + threadIdx.x * UNITS;
+    const float4* totals = (const float4*)(memory + TOTALS_AT) + threadIdx.x * (UNITS / 4);
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) total += totals[i];
+    for (int i = 0; i < UNITS / 4; ++i) total = total + totals[i].x + totals[i].y + totals[i].z + totals[i].w;
     state.row_total = fmaf(state.row_total, fade, total);
 }
 

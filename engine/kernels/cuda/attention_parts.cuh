@@ -2,13 +2,12 @@
 // what, and where it lies in shared memory.
 //
 // Compile-time: HEAD_DIM (64 or 128), GROUP (query heads per key/value head), ROW_TILES (of 16 query rows, per thread
-// block), FAR_BLOCK (positions, 64 or 128), STAGES (blocks in shared memory), CLUSTER (SLOTS, or 1 where thread blocks
-// cannot read each other's shared memory).
+// block), SLOTS (thread blocks that share rows), FAR_BLOCK (positions, 64 or 128), STAGES (blocks in shared memory),
+// CLUSTER (SLOTS, or 1 where thread blocks cannot write into each other's shared memory).
 
 #include "rotary.cuh"
 
 #define NEAR 16
-#define SLOTS 8
 
 // A task is a node with up to 16 of the query heads that share a key/value head. A row is one of its heads.
 constexpr int TASK_HEADS = GROUP < 16 ? GROUP : 16, NODE_TASKS = (GROUP + TASK_HEADS - 1) / TASK_HEADS;
