@@ -5,7 +5,7 @@ A token's result depends on its keys alone, bit for bit, never on which of them 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
