@@ -210,10 +210,14 @@ inline void await_mailbox(void* mailbox) {
         emulator::give_way();
     }
 }
-inline void send8(void* to, void* mailbox, int rank, float2 v) {
+typedef u8* PeerAddress;
+inline PeerAddress peer_address(const void* mine, int rank) {
     u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
-    *(float2*)(peer + ((u8*)to - own)) = v;
-    *(u64*)(peer + ((u8*)mailbox - own)) -= 8;
+    return peer + ((const u8*)mine - own);
+}
+inline void send8(PeerAddress to, PeerAddress mailbox, float2 v) {
+    *(float2*)to = v;
+    *(u64*)mailbox -= 8;
 }
 inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
 inline void __threadfence() {}

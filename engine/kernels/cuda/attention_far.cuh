@@ -4,12 +4,13 @@
 
 // Bring a block's keys or values on the way into shared memory; zeros past the end, where memory may hold anything.
 __device__ __forceinline__ void fetch_block(u16* to, const u16* from, int first, int length) {
+    constexpr int STEP = FAR_THREADS / PIECES;  // rows; a multiple of 8, so that a thread's pieces lie alike in all
+    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    const u16* source = from + (long long)(first + row) * HEAD_DIM + piece * 8;
+    u16* target = piece_at<HEAD_DIM>(to, row, piece);
 #pragma unroll
-    for (int i = 0; i < FAR_BLOCK * PIECES / FAR_THREADS; ++i) {
-        int item = threadIdx.x + i * FAR_THREADS, row = item / PIECES, piece = item % PIECES, position = first + row;
-        const u16* source = from + (long long)min(position, length - 1) * HEAD_DIM + piece * 8;
-        copy16_or_zero(piece_at<HEAD_DIM>(to, row, piece), source, position < length);
-    }
+    for (int i = 0; i < FAR_BLOCK / STEP; ++i)
+        copy16_or_zero(target + i * STEP * HEAD_DIM, source + i * STEP * HEAD_DIM, first + row + i * STEP < length);
 }
 
 __device__ __forceinline__ void fetch_round(
@@ -137,15 +138,14 @@ __device__ __forceinline__ void weigh_block(FarState& state, const float (&score
     }
 }
 
-// sums += weights * values, for this warp's head dims. `positions` of the block are committed; others weigh nothing.
-__device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* values, int positions) {
+// sums += weights * values, for this warp's head dims.
+__device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* values) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, matrix = lane >> 3, r = lane & 7;
     u16* weights = (u16*)(memory + WEIGHTS_AT);
     uint4 v;  // two tiles of eight dims, or two units of one
     float odd[ROW_TILES][4] = {};  // with one tile, the odd units' sums: two chains of products take half the time
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) {
-        if (16 * unit >= positions) break;
         if (DIM_TILES == 2)
             v = load_matrices_transposed(
                 piece_at<HEAD_DIM>(values, 16 * unit + 8 * (matrix & 1) + r, 2 * warp + (matrix >> 1)));
@@ -177,10 +177,10 @@ __device__ __forceinline__ float move_row_peak(FarState& state, const u8* memory
 }
 
 __device__ __forceinline__ void add_row_total(FarState& state, const u8* memory, float fade) {
-    const float* totals = (const float*)(memory + TOTALS_AT) + threadIdx.x * UNITS;
+    const float4* totals = (const float4*)(memory + TOTALS_AT) + threadIdx.x * (UNITS / 4);
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) total += totals[i];
+    for (int i = 0; i < UNITS / 4; ++i) total = total + totals[i].x + totals[i].y + totals[i].z + totals[i].w;
     state.row_total = fmaf(state.row_total, fade, total);
 }
 
@@ -201,7 +201,7 @@ __device__ __forceinline__ void far_rounds(
         wait_copies<2 * STAGES - 1>();
         barrier(FAR_BARRIER, FAR_THREADS);  // weights and totals are there, and this block's values
         if (threadIdx.x < ROWS) add_row_total(state, memory, fade);
-        add_values(state, memory, (u16*)(memory + VALUES_AT) + stage * BLOCK_VALUES, place.length - first);
+        add_values(state, memory, (u16*)(memory + VALUES_AT) + stage * BLOCK_VALUES);
         if (round + 1 < rounds) {
             wait_copies<2 * STAGES - 2>();
             barrier(FAR_BARRIER, FAR_THREADS);  // the next block's keys are there, this one's values are done with
@@ -219,13 +219,13 @@ __device__ __forceinline__ void send_far(const FarState& state, const Exchange& 
         for (int i = 0; i < 2; ++i) {
             const int row = 16 * tile + g + 8 * i;
             if (row_owner(place, row).node < 0) continue;
-            float* sums = exchange.sums(place.slot, row) + DIM_TILES * warp * 8 + 2 * q;
+            const Target target = target_of(exchange, place.slot, row);
 #pragma unroll
             for (int n = 0; n < DIM_TILES; ++n)
-                exchange.put((float2*)(sums + 8 * n), row,
-                             make_float2(state.sums[tile][n][2 * i], state.sums[tile][n][2 * i + 1]));
+                target.put_sums((DIM_TILES * warp + n) * 8 + 2 * q,
+                                make_float2(state.sums[tile][n][2 * i], state.sums[tile][n][2 * i + 1]));
         }
     const int row = threadIdx.x;
     if (row < ROWS && row_owner(place, row).node >= 0)
-        exchange.put(exchange.mark(place.slot, row), row, make_float2(state.row_peak, state.row_total));
+        target_of(exchange, place.slot, row).put_mark(make_float2(state.row_peak, state.row_total));
 }

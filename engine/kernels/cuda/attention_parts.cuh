@@ -2,13 +2,12 @@
 // what, and where it lies in shared memory.
 //
 // Compile-time: HEAD_DIM (64 or 128), GROUP (query heads per key/value head), ROW_TILES (of 16 query rows, per thread
-// block), FAR_BLOCK (positions, 64 or 128), STAGES (blocks in shared memory), CLUSTER (SLOTS, or 1 where thread blocks
-// cannot read each other's shared memory).
+// block), SLOTS (thread blocks that share rows), FAR_BLOCK (positions, 64 or 128), STAGES (blocks in shared memory),
+// CLUSTER (SLOTS, or 1 where thread blocks cannot write into each other's shared memory).
 
 #include "rotary.cuh"
 
 #define NEAR 16
-#define SLOTS 8
 
 // A task is a node with up to 16 of the query heads that share a key/value head. A row is one of its heads.
 constexpr int TASK_HEADS = GROUP < 16 ? GROUP : 16, NODE_TASKS = (GROUP + TASK_HEADS - 1) / TASK_HEADS;
@@ -80,17 +79,34 @@ struct Exchange {
         if (CLUSTER == 1) return (float2*)(workspace + PARTS * ROWS * HEAD_DIM) + part * ROWS + row;
         return (float2*)(memory + MARKS_AT) + part * OWN_ROWS + row / SLOTS;
     }
-    __device__ __forceinline__ void put(float2* to, int row, float2 v) const {
-#if CLUSTER > 1
-        send8(to, memory + MAILBOX_AT, row % SLOTS, v);
-#else
-        *to = v;
-#endif
-    }
     __device__ __forceinline__ float2 get(const void* from) const {
         return CLUSTER == 1 ? __ldcg((const float2*)from) : *(const float2*)from;
     }
 };
+
+// Where a thread's share of a row's part goes.
+struct Target {
+#if CLUSTER > 1
+    PeerAddress sums, mark, mailbox;
+    __device__ __forceinline__ void put_sums(int dim, float2 v) const { send8(sums + 4 * dim, mailbox, v); }
+    __device__ __forceinline__ void put_mark(float2 v) const { send8(mark, mailbox, v); }
+#else
+    float* sums;
+    float2* mark;
+    __device__ __forceinline__ void put_sums(int dim, float2 v) const { *(float2*)(sums + dim) = v; }
+    __device__ __forceinline__ void put_mark(float2 v) const { *mark = v; }
+#endif
+};
+__device__ __forceinline__ Target target_of(const Exchange& exchange, int part, int row) {
+#if CLUSTER > 1
+    const int rank = row % SLOTS;
+    Target target = {peer_address(exchange.sums(part, row), rank), peer_address(exchange.mark(part, row), rank),
+                     peer_address(exchange.memory + MAILBOX_AT, rank)};
+#else
+    Target target = {exchange.sums(part, row), exchange.mark(part, row)};
+#endif
+    return target;
+}
 
 // A thread has no more to read of the first block's keys; and: nobody in the cluster has. Each thread says and asks it
 // once, also where it sends nothing: none may end while others count on it.

@@ -226,15 +226,18 @@ __device__ __forceinline__ void await_mailbox(void* mailbox) {
         ::"r"((u32)__cvta_generic_to_shared(mailbox)) : "memory");
 }
 
-// Write to where thread block `rank` of the cluster has `to` in its shared memory, and count the bytes in its mailbox.
-__device__ __forceinline__ void send8(void* to, void* mailbox, int rank, float2 v) {
-    u32 target, box;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(target) : "r"((u32)__cvta_generic_to_shared(to)), "r"(rank));
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;"
-                 : "=r"(box) : "r"((u32)__cvta_generic_to_shared(mailbox)), "r"(rank));
+// Where thread block `rank` of the cluster has what this one has at `mine` in its shared memory.
+typedef u32 PeerAddress;
+__device__ __forceinline__ PeerAddress peer_address(const void* mine, int rank) {
+    PeerAddress peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+    return peer;
+}
+
+// Write to a thread block of the cluster and count the bytes in its mailbox.
+__device__ __forceinline__ void send8(PeerAddress to, PeerAddress mailbox, float2 v) {
     asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
-                 ::"r"(target), "f"(v.x), "f"(v.y), "r"(box) : "memory");
+                 ::"r"(to), "f"(v.x), "f"(v.y), "r"(mailbox) : "memory");
 }
 #endif
 

@@ -40,8 +40,9 @@ __device__ __forceinline__ void add_row(const Exchange& exchange, int row, int s
             sum[i].y = fmaf(sums[part][i].y, fade, sum[i].y);
         }
     }
+    const float share = 1.0f / total;
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) *(u32*)(out + dim + 2 * i) = pack2(sum[i].x / total, sum[i].y / total);
+    for (int i = 0; i < PAIRS; ++i) *(u32*)(out + dim + 2 * i) = pack2(sum[i].x * share, sum[i].y * share);
 }
 
 // Add the rows of this slot (in a cluster), or all rows (in the last thread block to arrive).
@@ -95,11 +96,6 @@ __device__ __forceinline__ void far_warps(
     u8* memory, const Inputs& in, const Place& place, const Exchange& exchange, float scale) {
     const int g = (threadIdx.x & 31) >> 2, blocks = far_blocks(place.length);
     const int rounds = (blocks - place.slot + SLOTS - 1) / SLOTS;  // 0 for a slot beyond the committed rows
-#pragma unroll
-    for (int round = 0; round < STAGES; ++round) {
-        fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
-        fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
-    }
     int end[ROW_TILES][2];
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) {
@@ -111,6 +107,11 @@ __device__ __forceinline__ void far_warps(
     if (node >= 0)
         turns = load_turns(in.angles + (long long)(place.length + in.depth[node]) * (HEAD_DIM / 2),
                            threadIdx.x % (PIECES / 2) * 8);
+#pragma unroll
+    for (int round = 0; round < STAGES; ++round) {
+        fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
+        fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
+    }
     wait_for_previous_kernel();
     place_queries((u16*)(memory + QUERY_AT), in.qkv, in.angles, in.depth, place, turns);
     barrier_arrive(QUERY_BARRIER, THREADS);
@@ -146,15 +147,17 @@ __device__ __forceinline__ void near_warp(
     u16* near_values = (u16*)(memory + NEAR_VALUES_AT) + warp * NEAR * HEAD_DIM;
     const int owner = near_owner(in.ancestor_at, node, first, place.length);
     fetch_angles(angles, in.angles, place.length, depth);
+    const int first_row = (task - place.first_task) * TASK_HEADS;
+    const NearTargets targets = near_targets(exchange, place, first_row);
+    const NearSources sources = find_near(in.qkv, in.keys, in.values, place, owner, first);
     wait_for_previous_kernel();
     NearKeys near;
-    fetch_near(near, near_values, in.qkv, in.keys, in.values, place, owner, first);
+    fetch_near(near, near_values, sources);
     wait_copies<1>();
     __syncwarp();
     rotate_near(near, angles, first, place.length);
     barrier(QUERY_BARRIER, THREADS);
     float scores[2][4] = {};
-    const int first_row = (task - place.first_task) * TASK_HEADS;
     score_near(scores, near, (u16*)(memory + QUERY_AT), first_row);
     wait_copies<0>();
     __syncwarp();
@@ -164,7 +167,7 @@ __device__ __forceinline__ void near_warp(
     }
     const NearWeights weights = weigh_near(scores, first, scale);
     wait_until_keys_done();
-    send_near(weights, near_values, exchange, place, first_row);
+    send_near(weights, near_values, targets);
 }
 
 // Grid: (SLOTS, groups of TASKS tasks, key/value heads), of THREADS threads.
