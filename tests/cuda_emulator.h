@@ -37,7 +37,7 @@ struct Fiber {  // lives on from block to block; turns are taken by jumps, which
     std::unique_ptr<u8[]> stack;
     Index3 thread;
     int block, warp;  // among those of the cluster
-    int cluster_phase;
+    int waits_for;  // the generation of the cluster's barrier that it has arrived in
     bool done, started;
 };
 struct Warp {
@@ -58,7 +58,7 @@ static std::vector<Warp> warps;
 static std::vector<Block> blocks;
 static Barrier cluster;
 static jmp_buf scheduler;
-static int current, alive;
+static int current, alive, cluster_threads;
 static Index3 grid_size, block_size;
 static std::function<void()> body;
 
@@ -78,7 +78,8 @@ inline void leave() {
     --alive;
     --warp.alive;
     open_if_full(own_block().all, --own_block().alive);
-    open_if_full(cluster, alive);
+    if (self().waits_for != cluster.generation) ++cluster.arrived;  // who ends without having arrived is not waited for
+    open_if_full(cluster, cluster_threads);
     if (warp.alive > 0 && warp.arrived >= warp.alive) { warp.arrived = 0; ++warp.generation; }
 }
 inline void entry() {
@@ -107,14 +108,6 @@ inline void meet(Barrier& barrier, int count) {
     open_if_full(barrier, count);
     while (generation == barrier.generation) give_way();
 }
-inline void cluster_arrive() {
-    self().cluster_phase = cluster.generation;
-    ++cluster.arrived;
-    open_if_full(cluster, alive);
-}
-inline void cluster_wait() {
-    while (self().cluster_phase == cluster.generation) give_way();
-}
 inline void block_barrier() { meet(own_block().all, own_block().alive); }
 inline void warp_barrier() {
     Warp& warp = own_warp();
@@ -139,7 +132,7 @@ inline void run_cluster(const Index3* indices, int count, int threads, size_t sh
     const int block_warps = (threads + 31) / 32;
     warps.assign(count * block_warps, Warp());
     blocks.assign(count, Block());
-    alive = count * threads;
+    alive = cluster_threads = count * threads;
     cluster = Barrier();
     for (int b = 0; b < count; ++b) {
         blocks[b].index = indices[b];
@@ -151,6 +144,7 @@ inline void run_cluster(const Index3* indices, int count, int threads, size_t sh
             fiber.block = b;
             fiber.warp = b * block_warps + i / 32;
             fiber.done = false;
+            fiber.waits_for = -1;
         }
     }
     while (alive > 0)
@@ -194,16 +188,36 @@ using emulator::align1024;
 #define blockDim (emulator::block_size)
 inline void __syncthreads() { emulator::block_barrier(); }
 inline void barrier(int id, int threads) { emulator::meet(emulator::own_block().named[id], threads); }
-inline void cluster_barrier() { emulator::meet(emulator::cluster, emulator::alive); }
-inline void cluster_arrive() { emulator::cluster_arrive(); }
-inline void cluster_wait() { emulator::cluster_wait(); }
+inline void cluster_barrier() { emulator::meet(emulator::cluster, emulator::cluster_threads); }
 inline void store_peer16(float4* mine, int rank, float4 v) {
     u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
     *(float4*)(peer + ((u8*)mine - own)) = v;
 }
-inline float2 load_peer8(const void* mine, int rank) {
+inline void barrier_arrive(int id, int threads) {
+    ++emulator::own_block().named[id].arrived;
+    emulator::open_if_full(emulator::own_block().named[id], threads);
+}
+inline void cluster_arrive() {
+    emulator::self().waits_for = emulator::cluster.generation;
+    ++emulator::cluster.arrived;
+    emulator::open_if_full(emulator::cluster, emulator::cluster_threads);
+}
+inline void cluster_wait() { while (emulator::self().waits_for == emulator::cluster.generation) emulator::give_way(); }
+inline void make_mailbox(void* mailbox, int bytes) { *(u64*)mailbox = bytes; }
+inline void await_mailbox(void* mailbox) {
+    for (int turns = 0; *(volatile u64*)mailbox; ++turns) {
+        if (turns > 100000) { fprintf(stderr, "a mailbox lacks %lld bytes\n", *(long long*)mailbox); abort(); }
+        emulator::give_way();
+    }
+}
+typedef u8* PeerAddress;
+inline PeerAddress peer_address(const void* mine, int rank) {
     u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
-    return *(const float2*)(peer + ((const u8*)mine - own));
+    return peer + ((const u8*)mine - own);
+}
+inline void send8(PeerAddress to, PeerAddress mailbox, float2 v) {
+    *(float2*)to = v;
+    *(u64*)mailbox -= 8;
 }
 inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
 inline void __threadfence() {}
@@ -287,13 +301,13 @@ inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b
     emulator::Warp& warp = emulator::own_warp();
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
     u32 mine[6] = {a0, a1, a2, a3, b0, b1};
-    memcpy(warp.exchange[lane], mine, sizeof mine);
+    float* values = (float*)warp.exchange[lane];  // once a lane, not once a product
+    for (int i = 0; i < 6; ++i) {
+        values[2 * i] = to_float((u16)mine[i]);
+        values[2 * i + 1] = to_float((u16)(mine[i] >> 16));
+    }
     emulator::warp_barrier();
-    auto half = [&](int from, int reg, int upper) {
-        u32 value;
-        memcpy(&value, (u32*)warp.exchange[from] + reg, 4);
-        return (double)to_float((u16)(upper ? value >> 16 : value));
-    };
+    auto half = [&](int from, int reg, int upper) { return (double)((float*)warp.exchange[from])[2 * reg + upper]; };
     for (int i = 0; i < 4; ++i) {
         int row = i / 2, column = 2 * q + i % 2;
         double sum = c[i];

@@ -2,6 +2,7 @@
 
 import ctypes
 import hashlib
+import os
 import re
 import shutil
 import subprocess
@@ -55,11 +56,14 @@ def load_emulated(source: str, name: str, defines: nvrtc.Defines = (), shared_by
     library = FOLDER / f"{Path(source).stem}-{key}.so"
     if not library.exists():
         FOLDER.mkdir(exist_ok=True)
-        path = library.with_suffix(".cpp")
+        path = library.with_suffix(f".{os.getpid()}.cpp")
         path.write_text(text)
         options = [f"-D{key}={value}" for key, value in (*defines, ("KERNEL", name))]
         # longjmp between fibers is what _FORTIFY_SOURCE takes for an attack
         flags = ["-std=c++17", "-O1", "-w", "-mf16c", "-U_FORTIFY_SOURCE", "-shared", "-fPIC", "-D__CUDA_ARCH__=900"]
         command = [COMPILER, *flags, *options]
-        subprocess.run([*command, "-o", str(library), str(path)], check=True)
+        built = path.with_suffix(".so")
+        subprocess.run([*command, "-o", str(built), str(path)], check=True)
+        built.replace(library)  # at once: another process may build or load the same
+        path.unlink()
     return EmulatedKernel(ctypes.CDLL(str(library)))

@@ -102,6 +102,8 @@ def test_hopper_linear_is_close_to_float64_and_the_same_for_every_cut(machine, d
     x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
     tiles, results = small.token_tiles_for(tokens), []
     for config in (LinearConfig(decode, tiles, 1, *cut) for decode in decodes for cut in WGMMA_CUTS):
+        if not config.fits(k, 227 * 1024):
+            continue
         out = torch.full((tokens, n), torch.nan, dtype=dtype, device=device)
         results.append(run_linear(x, weight, config, workspace, out=out, load=load))
     assert error(results[0], reference.linear(x, values)) < TOLERANCE[dtype]

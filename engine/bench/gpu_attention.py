@@ -19,7 +19,6 @@ from engine.kernels import nvrtc, reference
 from engine.kernels.fused_ops import rotary_angles, rotate_into_cache
 from engine.kernels.small_batch_linear import LoadKernel
 from engine.kernels.tree_attention import (
-    SLOTS,
     AttentionConfig,
     AttentionShape,
     AttentionWorkspace,
@@ -40,7 +39,7 @@ def cuts(shape: AttentionShape, device: str) -> list[AttentionConfig]:
     limit, found = nvrtc.shared_memory_limit(), []
     for cluster in (False, True) if device == "cpu" or torch.cuda.get_device_capability() >= (9, 0) else (False,):
         base = default_config(shape, 1, cluster=cluster, shared_limit=limit)
-        found += [replace(base, row_tiles=tiles, stages=stages) for tiles in (1, 2) for stages in (1, 2)]
+        found += [replace(base, row_tiles=tiles) for tiles in (1, 2, 3)]
     return [config for config in found if config.shared_bytes <= limit]
 
 
@@ -184,7 +183,7 @@ def resources(report: Report) -> dict[str, Any]:
             if config.cluster:
                 grid = (*config.grid(1)[:2], 1)
                 found["clusters"] = or_error(
-                    lambda k=kernel, c=config, g=grid: k.clusters(g, c.threads, c.shared_bytes, SLOTS)
+                    lambda k=kernel, c=config, g=grid: k.clusters(g, c.threads, c.shared_bytes, c.slots)
                 )
             found |= {"threads": config.threads, "shared": config.shared_bytes}
             results[f"{name} {label(config)}"] = found
@@ -192,7 +191,7 @@ def resources(report: Report) -> dict[str, Any]:
 
 
 def label(config: AttentionConfig) -> str:
-    return f"{config.row_tiles} tiles, {config.stages} stages{', cluster' if config.cluster else ''}"
+    return f"{config.row_tiles} tiles, {config.slots} slots{', cluster' if config.cluster else ''}"
 
 
 def times(report: Report) -> dict[str, Any]:

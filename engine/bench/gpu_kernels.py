@@ -5,38 +5,17 @@ Correctness first, then times from CUDA graphs over weights that do not fit the 
 """
 
 import argparse
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
 
 from engine.bench.gpu_linears import compile_all, correctness, time_shapes, tune_shapes
 from engine.bench.gpu_report import Report, bandwidth, environment
-from engine.bench.gpu_step import attention_times, small_ops, whole_step
+from engine.bench.gpu_step import attention_times, small_ops, step_parts, whole_step
 
 MAIN = [(4096, 4096), (11008, 4096), (4096, 11008)]
 MORE = [(12288, 4096), (22016, 4096), (6144, 4096), (14336, 4096), (28672, 4096), (4096, 14336)]
 SMALL = [(960, 576), (576, 576), (3072, 576), (576, 1536)]
-
-
-def run_tests(report: Report) -> str:
-    """The package's own tests of these kernels, on the GPU."""
-    command = [
-        sys.executable,
-        "-m",
-        "pytest",
-        "-q",
-        "-x",
-        "-p",
-        "no:cacheprovider",
-        "-k",
-        "cuda",
-        "tests/test_kernels.py",
-        "tests/test_tree_attention.py",
-    ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=90)
-    return (done.stdout + done.stderr)[-1500:]
 
 
 def print_table(report: Report) -> None:
@@ -73,18 +52,17 @@ def main() -> None:
     report.run("correctness", correctness)
     report.run("tune_main", tune_shapes(MAIN), 0.6)
     report.run("time_nf4_main", time_shapes(MAIN), 0.7)
-    report.run("attention", attention_times, 0.7)
-    report.run("small_ops", small_ops, 0.75)
-    report.run("tests", run_tests, 0.6)
-    report.run("tune_small", tune_shapes(SMALL, ("int8",)), 0.75)
+    report.run("tune_more", tune_shapes(MORE[:2]), 0.75)
+    report.run("step_7B_nf4", whole_step("7B"), 0.8)
+    report.run("parts_7B_nf4", step_parts("7B"), 0.8)
+    report.run("attention", attention_times, 0.8)
+    report.run("small_ops", small_ops, 0.8)
     report.run("step_bundled_int8", whole_step("bundled", "int8"), 0.8)
-    report.run("step_7B_nf4", whole_step("7B"), 0.85)
-    report.run("tune_more", tune_shapes([(12288, 4096), (22016, 4096)]), 0.85)
     report.run("time_nf4_more", time_shapes(MORE), 0.9)
-    report.run("time_nf4_small", time_shapes(SMALL), 0.95)
+    report.run("time_nf4_small", time_shapes(SMALL), 0.9)
+    report.run("step_8B_nf4", whole_step("8B"), 0.9)
     report.run("time_int8_main", time_shapes(MAIN, "int8", peers=False), 0.95)
     report.run("time_dense_lm_head", time_shapes([(49152, 576), (32000, 4096)], "dense"), 0.97)
-    report.run("step_8B_nf4", whole_step("8B"), 0.9)
     print_table(report)
 
 

@@ -22,7 +22,7 @@ from engine.kernels.small_batch_linear import (
     rows_measured,
     run_linear,
 )
-from engine.kernels.tune_nf4 import candidates, copies, time_graph, tune
+from engine.kernels.tune_nf4 import candidates, choose_config, copies, time_graph, tune
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
@@ -142,7 +142,7 @@ def packed_matrix(kind: str, n: int, k: int) -> PackedLinear:
 
 def config_for(report: Report, packed: PackedLinear, tokens: int) -> LinearConfig:
     key = (packed.decode, packed.n, packed.k, rows_measured(tokens))
-    return report.best.get(key) or default_config(packed.n, packed.k, tokens, packed.decode)
+    return report.best.get(key) or choose_config(packed, tokens, Workspace("cuda"))
 
 
 def alone(*arguments: Any) -> nvrtc.Kernel:

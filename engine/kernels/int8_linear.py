@@ -10,6 +10,8 @@ from engine.kernels.small_batch_linear import Decode, PackedLinear
 
 __all__ = ["Int8Weight", "pack_int8"]
 
+ROWS_AT_ONCE = 4096
+
 
 @dataclass(frozen=True)
 class Int8Weight:
@@ -25,10 +27,10 @@ class Int8Weight:
 
     @classmethod
     def from_dense(cls, values: Tensor) -> "Int8Weight":
-        """Quantise to 127 steps of each row's largest magnitude."""
-        absmax = values.float().abs().amax(dim=1).clamp(min=1e-12)
-        codes = (values.float() * (127 / absmax).unsqueeze(1)).round().to(torch.int8)
-        return cls(codes, absmax / 127)
+        """Quantise to 127 steps of each row's largest magnitude, some rows at a time: an output matrix is large."""
+        parts = [_quantize_rows(rows.float()) for rows in values.split(ROWS_AT_ONCE)]
+        codes, scale = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        return cls(codes, scale)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -37,6 +39,11 @@ class Int8Weight:
     def dequantize(self) -> Tensor:
         """Return the values, float32 [N, K]."""
         return self.codes.float() * self.scale.unsqueeze(1)
+
+
+def _quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
+    absmax = values.abs().amax(dim=1).clamp(min=1e-12)
+    return (values * (127 / absmax).unsqueeze(1)).round_().to(torch.int8), absmax / 127
 
 
 def pack_int8(weights: list[Int8Weight], dtype: torch.dtype, *, gate_up: bool = False) -> PackedLinear:

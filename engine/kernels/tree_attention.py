@@ -5,7 +5,7 @@ A token's result depends on its keys alone, bit for bit, never on which of them 
 """
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -20,10 +20,9 @@ __all__ = [
 
 NEAR = 16  # the last keys of a token, which may be scratch; a tree is less deep than that
 MAX_DEPTH = NEAR - 1
-SLOTS = 8  # thread blocks that share rows, in the kernel's fixed summation order
 FAR_WARPS = 8
 HEAD_DIMS = (64, 128)
-FULL_GRID = 264  # thread blocks: two for each multiprocessor of a large GPU
+FULL_GRID = {8: 240, 4: 256}  # thread blocks at a time on a large GPU, two a multiprocessor, in clusters of 8 or 4
 
 
 @dataclass(frozen=True)
@@ -49,14 +48,17 @@ class AttentionShape:
 
 @dataclass(frozen=True)
 class AttentionConfig:
-    """How the work is cut. `far_block`, the positions in a partial sum, is one per device: it changes bits.
+    """How the work is cut.
 
-    A thread block takes `row_tiles` x 16 query rows of a key/value head; `stages` blocks of positions lie in its shared
-    memory. In a `cluster` (compute capability 9.0 and up) the partial sums are added without global memory.
+    `slots` thread blocks share rows and take blocks of `far_block` positions by turns: these two change bits and are
+    the same for every number of nodes. A thread block takes `row_tiles` x 16 query rows of a key/value head; `stages`
+    blocks of positions lie in its shared memory. In a `cluster` (compute capability 9.0 and up) the partial sums are
+    added without global memory.
     """
 
     shape: AttentionShape
     row_tiles: int
+    slots: int
     far_block: int
     stages: int
     cluster: bool
@@ -72,7 +74,7 @@ class AttentionConfig:
 
     @property
     def near_warps(self) -> int:
-        return math.ceil(self.tasks / SLOTS)
+        return math.ceil(self.tasks / self.slots)
 
     @property
     def threads(self) -> int:
@@ -80,40 +82,42 @@ class AttentionConfig:
 
     def grid(self, nodes: int) -> tuple[int, int, int]:
         tasks = nodes * math.ceil(self.shape.group / self.task_heads)
-        return SLOTS, math.ceil(tasks / self.tasks), self.shape.num_kv_heads
+        return self.slots, math.ceil(tasks / self.tasks), self.shape.num_kv_heads
 
     @property
     def shared_bytes(self) -> int:
         """Return LAST_AT of cuda/attention_parts.cuh."""
-        head_dim, rows, near_rows = self.shape.head_dim, 16 * self.row_tiles, self.near_warps * self.task_heads
+        head_dim, rows = self.shape.head_dim, 16 * self.row_tiles
         blocks = 4 * self.stages * self.far_block * head_dim
         operands = rows * (head_dim + self.far_block) * 2 + self.near_warps * NEAR * head_dim * 2
-        sums = NEAR * head_dim * 4 + near_rows * head_dim * 4
-        return blocks + operands + sums + rows * self.far_block // 16 * 8 + (rows + near_rows) * 8
+        own_rows = rows // self.slots
+        sums = NEAR * head_dim * 4 + own_rows * head_dim * 4
+        return blocks + operands + sums + rows * self.far_block // 16 * 8 + (self.slots + 1) * own_rows * 8 + 16
 
     @property
-    def part_floats(self) -> int:
-        """Floats of a thread block's partial sums, where they go through global memory."""
-        return (16 * self.row_tiles + self.near_warps * self.task_heads) * (self.shape.head_dim + 2)
+    def workspace_floats(self) -> int:
+        """Return the partial sums of the thread blocks that share rows, where they go through global memory."""
+        return 0 if self.cluster else (self.slots + 1) * 16 * self.row_tiles * (self.shape.head_dim + 2)
 
     @property
     def defines(self) -> Defines:
         return (
             *(("HEAD_DIM", self.shape.head_dim), ("GROUP", self.shape.group), ("ROW_TILES", self.row_tiles)),
-            *(("FAR_BLOCK", self.far_block), ("STAGES", self.stages), ("CLUSTER", SLOTS if self.cluster else 1)),
-            ("BF16", int(self.shape.dtype == torch.bfloat16)),
+            *(("SLOTS", self.slots), ("FAR_BLOCK", self.far_block), ("STAGES", self.stages)),
+            *(("CLUSTER", self.slots if self.cluster else 1), ("BF16", int(self.shape.dtype == torch.bfloat16))),
         )
 
 
 def default_config(shape: AttentionShape, nodes: int, *, cluster: bool, shared_limit: int) -> AttentionConfig:
     """Pick the cut for a number of nodes: few rows to a thread block until the GPU is full, and what memory allows."""
     is_large = shared_limit >= 160 * 1024  # room for two thread blocks on a multiprocessor
+    slots = 4 if is_large and shape.num_kv_heads > 20 else 8
     far_block = 64 if shape.head_dim == 128 and not is_large else 128
-    config = AttentionConfig(shape, 1, far_block, 2 if is_large and shape.head_dim == 64 else 1, cluster)
-    wider = replace(config, row_tiles=2)
-    if math.prod(config.grid(nodes)) > FULL_GRID and wider.shared_bytes <= shared_limit:
-        return wider
-    return config
+    stages = 2 if is_large and shape.head_dim == 64 else 1
+    built = [AttentionConfig(shape, tiles, slots, far_block, stages, cluster) for tiles in (1, 2, 3)]
+    limit = (shared_limit - 1024) // 2 if is_large else shared_limit
+    fitting = [config for config in built if config.shared_bytes <= limit]
+    return next((config for config in fitting if math.prod(config.grid(nodes)) <= FULL_GRID[slots]), fitting[-1])
 
 
 class AttentionWorkspace:
@@ -131,10 +135,10 @@ class AttentionWorkspace:
         self._configs = [
             config or default_config(shape, count, cluster=cluster, shared_limit=limit) for count in range(1, nodes + 1)
         ]
-        blocks = [math.prod(config.grid(count + 1)) for count, config in enumerate(self._configs)]
-        floats = [0 if c.cluster else c.part_floats * n for c, n in zip(self._configs, blocks, strict=True)]
+        groups = [math.prod(config.grid(count + 1)[1:]) for count, config in enumerate(self._configs)]
+        floats = [c.workspace_floats * number for c, number in zip(self._configs, groups, strict=True)]
         self.partial = torch.empty(max(floats), dtype=torch.float32, device=device)
-        self.counters = torch.zeros(max(blocks) // SLOTS, dtype=torch.int32, device=device)
+        self.counters = torch.zeros(max(groups), dtype=torch.int32, device=device)
 
     def config(self, nodes: int) -> AttentionConfig:
         assert nodes <= self.nodes, f"{nodes} nodes; the workspace was built for {self.nodes}"

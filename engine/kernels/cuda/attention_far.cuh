@@ -4,12 +4,13 @@
 
 // Bring a block's keys or values on the way into shared memory; zeros past the end, where memory may hold anything.
 __device__ __forceinline__ void fetch_block(u16* to, const u16* from, int first, int length) {
+    constexpr int STEP = FAR_THREADS / PIECES;  // rows; a multiple of 8, so that a thread's pieces lie alike in all
+    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
+    const u16* source = from + (long long)(first + row) * HEAD_DIM + piece * 8;
+    u16* target = piece_at<HEAD_DIM>(to, row, piece);
 #pragma unroll
-    for (int i = 0; i < FAR_BLOCK * PIECES / FAR_THREADS; ++i) {
-        int item = threadIdx.x + i * FAR_THREADS, row = item / PIECES, piece = item % PIECES, position = first + row;
-        const u16* source = from + (long long)min(position, length - 1) * HEAD_DIM + piece * 8;
-        copy16_or_zero(piece_at<HEAD_DIM>(to, row, piece), source, position < length);
-    }
+    for (int i = 0; i < FAR_BLOCK / STEP; ++i)
+        copy16_or_zero(target + i * STEP * HEAD_DIM, source + i * STEP * HEAD_DIM, first + row + i * STEP < length);
 }
 
 __device__ __forceinline__ void fetch_round(
@@ -49,13 +50,16 @@ struct FarState {
 
 // Scores of this warp's 16 positions, in powers of two, -infinity beyond a row's end; their peaks go to shared memory.
 __device__ __forceinline__ void score_block(
-    float (&scores)[MY_TILES][2][4], u8* memory, u16* keys, const int (&end)[ROW_TILES][2], int first, float scale) {
+    float (&scores)[MY_TILES][2][4], u8* memory, u16* keys, const int (&end)[ROW_TILES][2], int first, int length,
+    float scale) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3;
     const int unit = warp % UNITS, part = TILE_STEP == 1 ? 0 : warp / UNITS, matrix = lane >> 3, r = lane & 7;
     u16* query = (u16*)(memory + QUERY_AT);
     float* peaks = (float*)(memory + PEAKS_AT);
+    const int steps = first + 16 * unit < length ? HEAD_DIM / 16 : 0;
 #pragma unroll
     for (int step = 0; step < HEAD_DIM / 16; ++step) {
+        if (step >= steps) break;
         uint4 k = load_matrices(
             piece_at<HEAD_DIM>(keys, 16 * unit + 8 * (matrix >> 1) + r, 2 * step + (matrix & 1)));
 #pragma unroll
@@ -139,6 +143,7 @@ __device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* val
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, matrix = lane >> 3, r = lane & 7;
     u16* weights = (u16*)(memory + WEIGHTS_AT);
     uint4 v;  // two tiles of eight dims, or two units of one
+    float odd[ROW_TILES][4] = {};  // with one tile, the odd units' sums: two chains of products take half the time
 #pragma unroll
     for (int unit = 0; unit < UNITS; ++unit) {
         if (DIM_TILES == 2)
@@ -151,10 +156,16 @@ __device__ __forceinline__ void add_values(FarState& state, u8* memory, u16* val
         for (int tile = 0; tile < ROW_TILES; ++tile) {
             uint4 a = load_matrices(
                 piece_at<FAR_BLOCK>(weights, 16 * tile + 8 * (matrix & 1) + r, 2 * unit + (matrix >> 1)));
-            multiply16x8x16(state.sums[tile][0], a.x, a.y, a.z, a.w, v.x, v.y);
+            float(&sums)[4] = DIM_TILES == 1 && unit % 2 ? odd[tile] : state.sums[tile][0];
+            multiply16x8x16(sums, a.x, a.y, a.z, a.w, v.x, v.y);
             if (DIM_TILES == 2) multiply16x8x16(state.sums[tile][DIM_TILES - 1], a.x, a.y, a.z, a.w, v.z, v.w);
         }
     }
+    if (DIM_TILES == 1)
+#pragma unroll
+        for (int tile = 0; tile < ROW_TILES; ++tile)
+#pragma unroll
+            for (int i = 0; i < 4; ++i) state.sums[tile][0][i] += odd[tile][i];
 }
 
 // The peak and total of row threadIdx.x, a thread a row.
@@ -166,10 +177,10 @@ __device__ __forceinline__ float move_row_peak(FarState& state, const u8* memory
 }
 
 __device__ __forceinline__ void add_row_total(FarState& state, const u8* memory, float fade) {
-    const float* totals = (const float*)(memory + TOTALS_AT) + threadIdx.x * UNITS;
+    const float4* totals = (const float4*)(memory + TOTALS_AT) + threadIdx.x * (UNITS / 4);
     float total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < UNITS; ++i) total += totals[i];
+    for (int i = 0; i < UNITS / 4; ++i) total = total + totals[i].x + totals[i].y + totals[i].z + totals[i].w;
     state.row_total = fmaf(state.row_total, fade, total);
 }
 
@@ -181,8 +192,9 @@ __device__ __forceinline__ void far_rounds(
     for (int round = 0; round < rounds; ++round) {
         const int stage = round % STAGES, first = (place.slot + round * SLOTS) * FAR_BLOCK;
         float scores[MY_TILES][2][4] = {}, fade = 0.0f;
-        score_block(scores, memory, (u16*)(memory + KEYS_AT) + stage * BLOCK_VALUES, end, first, scale);
+        score_block(scores, memory, (u16*)(memory + KEYS_AT) + stage * BLOCK_VALUES, end, first, place.length, scale);
         barrier(FAR_BARRIER, FAR_THREADS);  // peaks are there, the block's keys are done with
+        if (round + 1 == rounds) keys_done();
         fetch_round(memory, KEYS_AT, keys, place, round + STAGES, rounds);
         weigh_block(state, scores, memory);
         if (threadIdx.x < ROWS) fade = move_row_peak(state, memory);
@@ -198,16 +210,22 @@ __device__ __forceinline__ void far_rounds(
     }
 }
 
-// Write the rows' sums and (peak, total) where all SLOTS' are added.
-__device__ __forceinline__ void write_far(const FarState& state, float* sums, float2* marks) {
+// Hand the rows' sums and (peak, total) to who adds them.
+__device__ __forceinline__ void send_far(const FarState& state, const Exchange& exchange, const Place& place) {
     const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, q = lane & 3;
-    if (threadIdx.x < ROWS) marks[threadIdx.x] = make_float2(state.row_peak, state.row_total);
 #pragma unroll
     for (int tile = 0; tile < ROW_TILES; ++tile)
 #pragma unroll
-        for (int n = 0; n < DIM_TILES; ++n)
+        for (int i = 0; i < 2; ++i) {
+            const int row = 16 * tile + g + 8 * i;
+            if (row_owner(place, row).node < 0) continue;
+            const Target target = target_of(exchange, place.slot, row);
 #pragma unroll
-            for (int row = 0; row < 2; ++row)
-                *(float2*)(sums + sum_at(16 * tile + g + 8 * row, (DIM_TILES * warp + n) * 8 + 2 * q)) =
-                    make_float2(state.sums[tile][n][2 * row], state.sums[tile][n][2 * row + 1]);
+            for (int n = 0; n < DIM_TILES; ++n)
+                target.put_sums((DIM_TILES * warp + n) * 8 + 2 * q,
+                                make_float2(state.sums[tile][n][2 * i], state.sums[tile][n][2 * i + 1]));
+        }
+    const int row = threadIdx.x;
+    if (row < ROWS && row_owner(place, row).node >= 0)
+        target_of(exchange, place.slot, row).put_mark(make_float2(state.row_peak, state.row_total));
 }

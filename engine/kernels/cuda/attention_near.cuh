@@ -20,28 +20,45 @@ __device__ __forceinline__ void fetch_angles(float2* to, const float2* angles, i
     commit_copies();
 }
 
-// Load the keys as they are, and ask for the values. Keys before the text's start have values of zero.
-__device__ __forceinline__ void fetch_near(
-    NearKeys& near, u16* near_values, const u16* qkv, const u16* keys, const u16* values, const Place& place, int owner,
-    int first) {
+// Where this lane's share of the near keys and values comes from; null for values before the text's start.
+struct NearSources {
+    const u16 *keys[2], *values[NEAR * PIECES / 32];
+};
+
+__device__ __forceinline__ NearSources find_near(
+    const u16* qkv, const u16* keys, const u16* values, const Place& place, int owner, int first) {
     const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3;
     const int width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
     const u16* node_keys = qkv + (place.kv_heads * GROUP + place.kv_head) * HEAD_DIM;
     const u16* node_values = node_keys + place.kv_heads * HEAD_DIM;
+    NearSources sources;
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
-        int from = __shfl_sync(~0u, owner, 8 * half + g);
-        const u16* key = from >= 0 ? node_keys + (long long)from * width
-                                   : keys + (long long)max(first + 8 * half + g, 0) * HEAD_DIM;
-#pragma unroll
-        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = *(const uint4*)(key + 32 * c + 8 * q);
+        const int from = __shfl_sync(~0u, owner, 8 * half + g), position = max(first + 8 * half + g, 0);
+        const u16* key = from >= 0 ? node_keys + (long long)from * width : keys + (long long)position * HEAD_DIM;
+        sources.keys[half] = key + 8 * q;
     }
 #pragma unroll
     for (int i = 0; i < NEAR * PIECES / 32; ++i) {
-        int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES, position = first + row;
-        int from = __shfl_sync(~0u, owner, row);
-        const u16* value = from >= 0 ? node_values + (long long)from * width : values + (long long)max(position, 0) * HEAD_DIM;
-        copy16_or_zero(piece_at<HEAD_DIM>(near_values, row, piece), value + piece * 8, position >= 0);
+        const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES, position = first + row;
+        const int from = __shfl_sync(~0u, owner, row);
+        const u16* value = from >= 0 ? node_values + (long long)from * width : values + (long long)position * HEAD_DIM;
+        sources.values[i] = position >= 0 ? value + piece * 8 : nullptr;
+    }
+    return sources;
+}
+
+// Load the keys as they are, and ask for the values.
+__device__ __forceinline__ void fetch_near(NearKeys& near, u16* near_values, const NearSources& sources) {
+    const int lane = threadIdx.x & 31;
+#pragma unroll
+    for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = *(const uint4*)(sources.keys[half] + 32 * c);
+#pragma unroll
+    for (int i = 0; i < NEAR * PIECES / 32; ++i) {
+        const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
+        copy16_or_zero(piece_at<HEAD_DIM>(near_values, row, piece), sources.values[i], sources.values[i] != nullptr);
     }
     commit_copies();
 }
@@ -88,11 +105,15 @@ __device__ __forceinline__ void score_near(float (&scores)[2][4], const NearKeys
     }
 }
 
-// The sums of the task's heads, rows from `row` on of `sums` and `marks`.
-__device__ __forceinline__ void add_near(
-    float (&scores)[2][4], u16* near_values, float* sums, float2* marks, int row, int first, float scale) {
-    const int lane = threadIdx.x & 31, g = lane >> 2, q = lane & 3, matrix = lane >> 3, r = lane & 7;
-    u32 weights[2][2];
+// What 16 keys' scores weigh, and the sum of their weights, for rows g and g + 8 of the task's heads.
+struct NearWeights {
+    u32 pairs[2][2];  // [half][row]
+    float2 marks[2];  // (peak, total)
+};
+
+__device__ __forceinline__ NearWeights weigh_near(const float (&scores)[2][4], int first, float scale) {
+    const int q = threadIdx.x & 3;
+    NearWeights weights;
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
         float peak = -INFINITY, total = 0.0f, s[4];
@@ -108,23 +129,50 @@ __device__ __forceinline__ void add_near(
             s[j] = exp2_fast(s[j] - peak);
             total += s[j];
         }
-        total = quad_sum(total);
-        weights[0][i] = pack2(s[0], s[1]);
-        weights[1][i] = pack2(s[2], s[3]);
-        if (q == 0 && g + 8 * i < TASK_HEADS) marks[row + g + 8 * i] = make_float2(peak, total);
+        weights.marks[i] = make_float2(peak, quad_sum(total));
+        weights.pairs[0][i] = pack2(s[0], s[1]);
+        weights.pairs[1][i] = pack2(s[2], s[3]);
     }
+    return weights;
+}
+
+// Where the sums of the task's heads go, rows g and g + 8 of those from first_row on.
+struct NearTargets {
+    Target rows[2];
+    bool exists[2];
+};
+
+__device__ __forceinline__ NearTargets near_targets(const Exchange& exchange, const Place& place, int first_row) {
+    const int g = (threadIdx.x & 31) >> 2;
+    NearTargets targets;
+#pragma unroll
+    for (int i = 0; i < 2; ++i) {
+        const int row = first_row + g + 8 * i;
+        targets.exists[i] = g + 8 * i < TASK_HEADS && row_owner(place, row).node >= 0;
+        targets.rows[i] = target_of(exchange, SLOTS, row);
+    }
+    return targets;
+}
+
+__device__ __forceinline__ void send_near(const NearWeights& weights, u16* near_values, const NearTargets& targets) {
+    const int lane = threadIdx.x & 31, q = lane & 3, matrix = lane >> 3, r = lane & 7;
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        if (targets.exists[i] && q == 0) targets.rows[i].put_mark(weights.marks[i]);
 #pragma unroll
     for (int pair = 0; pair < PIECES / 2; ++pair) {
-        uint4 v = load_matrices_transposed(piece_at<HEAD_DIM>(near_values, 8 * (matrix & 1) + r, 2 * pair + (matrix >> 1)));
+        uint4 v = load_matrices_transposed(
+            piece_at<HEAD_DIM>(near_values, 8 * (matrix & 1) + r, 2 * pair + (matrix >> 1)));
         float products[2][4] = {};
-        multiply16x8x16(products[0], weights[0][0], weights[0][1], weights[1][0], weights[1][1], v.x, v.y);
-        multiply16x8x16(products[1], weights[0][0], weights[0][1], weights[1][0], weights[1][1], v.z, v.w);
+        const u32(&w)[2][2] = weights.pairs;
+        multiply16x8x16(products[0], w[0][0], w[0][1], w[1][0], w[1][1], v.x, v.y);
+        multiply16x8x16(products[1], w[0][0], w[0][1], w[1][0], w[1][1], v.z, v.w);
 #pragma unroll
-        for (int i = 0; i < 2; ++i)
-            if (g + 8 * i < TASK_HEADS)
+        for (int i = 0; i < 2; ++i) {
+            if (!targets.exists[i]) continue;
 #pragma unroll
-                for (int n = 0; n < 2; ++n)
-                    *(float2*)(sums + sum_at(row + g + 8 * i, 16 * pair + 8 * n + 2 * q)) =
-                        make_float2(products[n][2 * i], products[n][2 * i + 1]);
+            for (int n = 0; n < 2; ++n)
+                targets.rows[i].put_sums(16 * pair + 8 * n + 2 * q, make_float2(products[n][2 * i], products[n][2 * i + 1]));
+        }
     }
 }

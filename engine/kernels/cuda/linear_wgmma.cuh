@@ -186,8 +186,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int t = 0; t < TOKEN_TILES; ++t)
         store_peer16(slot + t * 32, owner, make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
     if (CLUSTER > 1) {
-        cluster_arrive();
-        cluster_wait();
+        cluster_barrier();
     } else {
         __syncthreads();
     }

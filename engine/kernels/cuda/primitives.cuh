@@ -185,15 +185,16 @@ __device__ __forceinline__ uint4 load_matrices_transposed(const void* row) {
 __device__ __forceinline__ void barrier(int id, int threads) {
     asm volatile("bar.sync %0, %1;" ::"r"(id), "r"(threads) : "memory");
 }
+// Count among those threads without waiting.
+__device__ __forceinline__ void barrier_arrive(int id, int threads) {
+    asm volatile("bar.arrive %0, %1;" ::"r"(id), "r"(threads) : "memory");
+}
 
 #if __CUDA_ARCH__ >= 900
+// All threads of a cluster wait for each other, and see what the others wrote before.
 __device__ __forceinline__ void cluster_barrier() {
     asm volatile("barrier.cluster.arrive.release.aligned;\n\tbarrier.cluster.wait.acquire.aligned;" ::: "memory");
 }
-
-// The same in two steps, between which there is time for something else.
-__device__ __forceinline__ void cluster_arrive() { asm volatile("barrier.cluster.arrive.release.aligned;" ::: "memory"); }
-__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.acquire.aligned;" ::: "memory"); }
 
 // Write to thread block `rank` of the cluster, where this one has `mine`.
 __device__ __forceinline__ void store_peer16(float4* mine, int rank, float4 v) {
@@ -203,13 +204,40 @@ __device__ __forceinline__ void store_peer16(float4* mine, int rank, float4 v) {
                  ::"r"(peer), "f"(v.x), "f"(v.y), "f"(v.z), "f"(v.w) : "memory");
 }
 
-// Read what thread block `rank` of the cluster has where this one has `mine` in its shared memory.
-__device__ __forceinline__ float2 load_peer8(const void* mine, int rank) {
-    u32 address = (u32)__cvta_generic_to_shared(mine), peer;
-    float2 v;
-    asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"(address), "r"(rank));
-    asm volatile("ld.shared::cluster.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(peer) : "memory");
-    return v;
+// All threads of a cluster arrive, once; who has waited knows that all have. It orders nothing but what was read before:
+// a release here would wait for every store to global memory.
+__device__ __forceinline__ void cluster_arrive() {
+    asm volatile("barrier.cluster.arrive.relaxed.aligned;" ::: "memory");
+}
+__device__ __forceinline__ void cluster_wait() { asm volatile("barrier.cluster.wait.aligned;" ::: "memory"); }
+
+// A mailbox in shared memory (8 bytes) that opens when `bytes` have been sent to it; one thread makes it, before it
+// arrives at the cluster's barrier.
+__device__ __forceinline__ void make_mailbox(void* mailbox, int bytes) {
+    u32 at = (u32)__cvta_generic_to_shared(mailbox);
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(at) : "memory");
+    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
+    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(at), "r"(bytes) : "memory");
+}
+
+__device__ __forceinline__ void await_mailbox(void* mailbox) {
+    asm volatile(
+        "{\n.reg .pred open;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 open, [%0], 0;\n@!open bra again;\n}"
+        ::"r"((u32)__cvta_generic_to_shared(mailbox)) : "memory");
+}
+
+// Where thread block `rank` of the cluster has what this one has at `mine` in its shared memory.
+typedef u32 PeerAddress;
+__device__ __forceinline__ PeerAddress peer_address(const void* mine, int rank) {
+    PeerAddress peer;
+    asm("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(peer) : "r"((u32)__cvta_generic_to_shared(mine)), "r"(rank));
+    return peer;
+}
+
+// Write to a thread block of the cluster and count the bytes in its mailbox.
+__device__ __forceinline__ void send8(PeerAddress to, PeerAddress mailbox, float2 v) {
+    asm volatile("st.async.shared::cluster.mbarrier::complete_tx::bytes.v2.f32 [%0], {%1, %2}, [%3];"
+                 ::"r"(to), "f"(v.x), "f"(v.y), "r"(mailbox) : "memory");
 }
 #endif
 

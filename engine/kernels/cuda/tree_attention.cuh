@@ -11,98 +11,76 @@
 #include "attention_far.cuh"
 #include "attention_near.cuh"
 
-// Where a thread block leaves what is added: its own shared memory in a cluster, else its part of the workspace.
-struct Part {
-    float *sums, *near_sums;
-    float2 *marks, *near_marks;
-};
-constexpr int PART_FLOATS = (ROWS + NEAR_ROWS) * (HEAD_DIM + 2);
-
-__device__ __forceinline__ Part part_at(u8* memory, float* workspace, int slot) {
-    if (CLUSTER > 1) {
-        float2* marks = (float2*)(memory + MARKS_AT);
-        Part part = {(float*)(memory + KEYS_AT), (float*)(memory + NEAR_SUMS_AT), marks, marks + ROWS};
-        return part;
-    }
-    float* at = workspace + ((long long)(blockIdx.z * gridDim.y + blockIdx.y) * SLOTS + slot) * PART_FLOATS;
-    float2* marks = (float2*)(at + (ROWS + NEAR_ROWS) * HEAD_DIM);
-    Part part = {at, at + ROWS * HEAD_DIM, marks, marks + ROWS};
-    return part;
-}
-
-// Read what a slot has left: `mine` is where this thread block has the same in its own part.
-__device__ __forceinline__ float2 load_part(const void* mine, int mine_slot, int slot) {
-#if CLUSTER > 1
-    return load_peer8(mine, slot);
-#else
-    return __ldcg((const float2*)((const float*)mine + (slot - mine_slot) * PART_FLOATS));
-#endif
-}
-
-// Add all parts of a task's head: far row `row`, and row `near_row` of the near sums of `near_slot`. A warp.
-__device__ __forceinline__ void add_parts(
-    const Part& part, const Place& place, int row, int near_row, int near_slot, u16* out) {
+// Add all parts of a row, a warp: out [HEAD_DIM].
+__device__ __forceinline__ void add_row(const Exchange& exchange, int row, int slots, u16* out) {
     constexpr int PAIRS = HEAD_DIM / 64;
-    const int dim = (threadIdx.x & 31) * 2 * PAIRS, slots = min(far_blocks(place.length), SLOTS);
-    float2 marks[SLOTS + 1], sums[SLOTS + 1][PAIRS];
+    const int dim = (threadIdx.x & 31) * 2 * PAIRS;
+    float2 marks[PARTS], sums[PARTS][PAIRS];
 #pragma unroll
-    for (int s = 0; s < SLOTS; ++s) {
-        marks[s] = make_float2(-INFINITY, 0.0f);
+    for (int part = 0; part < PARTS; ++part) {
+        marks[part] = make_float2(-INFINITY, 0.0f);
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) sums[s][i] = make_float2(0.0f, 0.0f);
-        if (s >= slots) continue;
-        marks[s] = load_part(part.marks + row, place.slot, s);
+        for (int i = 0; i < PAIRS; ++i) sums[part][i] = make_float2(0.0f, 0.0f);
+        if (part >= slots && part < SLOTS) continue;  // a slot beyond the committed rows
+        marks[part] = exchange.get(exchange.mark(part, row));
 #pragma unroll
-        for (int i = 0; i < PAIRS; ++i) sums[s][i] = load_part(part.sums + sum_at(row, dim + 2 * i), place.slot, s);
+        for (int i = 0; i < PAIRS; ++i) sums[part][i] = exchange.get(exchange.sums(part, row) + dim + 2 * i);
     }
-    marks[SLOTS] = load_part(part.near_marks + near_row, place.slot, near_slot);
+    float top = marks[0].x, total = 0.0f;
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i)
-        sums[SLOTS][i] = load_part(part.near_sums + sum_at(near_row, dim + 2 * i), place.slot, near_slot);
-    float top = marks[SLOTS].x, total = 0.0f;
-#pragma unroll
-    for (int s = 0; s < SLOTS; ++s) top = fmaxf(top, marks[s].x);
+    for (int part = 1; part < PARTS; ++part) top = fmaxf(top, marks[part].x);
     float2 sum[PAIRS] = {};
 #pragma unroll
-    for (int s = 0; s <= SLOTS; ++s) {
-        float fade = exp2_fast(marks[s].x - top);
-        total = fmaf(marks[s].y, fade, total);
+    for (int part = 0; part < PARTS; ++part) {
+        float fade = exp2_fast(marks[part].x - top);
+        total = fmaf(marks[part].y, fade, total);
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) {
-            sum[i].x = fmaf(sums[s][i].x, fade, sum[i].x);
-            sum[i].y = fmaf(sums[s][i].y, fade, sum[i].y);
+            sum[i].x = fmaf(sums[part][i].x, fade, sum[i].x);
+            sum[i].y = fmaf(sums[part][i].y, fade, sum[i].y);
         }
     }
+    const float share = 1.0f / total;
 #pragma unroll
-    for (int i = 0; i < PAIRS; ++i) *(u32*)(out + dim + 2 * i) = pack2(sum[i].x / total, sum[i].y / total);
+    for (int i = 0; i < PAIRS; ++i) *(u32*)(out + dim + 2 * i) = pack2(sum[i].x * share, sum[i].y * share);
 }
 
-// The rows of this thread block's near tasks (in a cluster), or of all tasks (in the last thread block to arrive).
-__device__ __forceinline__ void add_rows(const Part& part, const Place& place, u16* out) {
-    const int rows = CLUSTER > 1 ? NEAR_ROWS : TASKS * TASK_HEADS;
-    for (int i = threadIdx.x / 32; i < rows; i += WARPS) {
-        int task = CLUSTER > 1 ? i / TASK_HEADS * SLOTS + place.slot : i / TASK_HEADS;
-        int row = task * TASK_HEADS + i % TASK_HEADS, near_row = task / SLOTS * TASK_HEADS + i % TASK_HEADS;
+// Add the rows of this slot (in a cluster), or all rows (in the last thread block to arrive).
+__device__ __forceinline__ void add_rows(const Exchange& exchange, const Place& place, u16* out) {
+    const int slots = min(far_blocks(place.length), SLOTS);
+    for (int i = threadIdx.x / 32; i < (CLUSTER > 1 ? OWN_ROWS : ROWS); i += WARPS) {
+        const int row = CLUSTER > 1 ? i * SLOTS + place.slot : i;
         RowOwner owner = row_owner(place, row);
-        if (task >= TASKS || owner.node < 0) continue;
+        if (owner.node < 0) continue;
         u16* to = out + ((long long)owner.node * place.kv_heads * GROUP + owner.head) * HEAD_DIM;
-        add_parts(part, place, row, near_row, task % SLOTS, to);
+        add_row(exchange, row, slots, to);
     }
 }
 
+#if CLUSTER > 1
+// Make this slot's mailbox for all parts of its rows; returns the bytes that will come.
+__device__ __forceinline__ int expect_parts(u8* memory, const Place& place) {
+    int rows = 0;
+#pragma unroll
+    for (int i = 0; i < OWN_ROWS; ++i) rows += row_owner(place, i * SLOTS + place.slot).node >= 0;
+    const int bytes = rows * (min(far_blocks(place.length), SLOTS) + 1) * (HEAD_DIM * 4 + 8);
+    if (threadIdx.x == 0) make_mailbox(memory + MAILBOX_AT, bytes);
+    return bytes;
+}
+#endif
+
 // True for the last thread block to arrive of those that share rows; it sees what the others have left.
-__device__ __forceinline__ bool is_last(u8* memory, u32* counters) {
-    u32* last = (u32*)(memory + PEAKS_AT);
-    u32* counter = counters + blockIdx.z * gridDim.y + blockIdx.y;
+__device__ __forceinline__ bool is_last(u8* memory, u32* counter) {
+    u32* last = (u32*)(memory + MAILBOX_AT);
     __threadfence();
-    barrier(ALL_BARRIER, THREADS);
+    __syncthreads();
     if (threadIdx.x == 0) {
         u32 arrived = atomicAdd(counter, 1u);
         if (arrived == SLOTS - 1) *counter = 0;
         *last = arrived == SLOTS - 1;
         __threadfence();
     }
-    barrier(ALL_BARRIER, THREADS);
+    __syncthreads();
     return *last;
 }
 
@@ -115,14 +93,9 @@ struct Inputs {
 };
 
 __device__ __forceinline__ void far_warps(
-    u8* memory, const Inputs& in, const Place& place, const Part& part, float scale) {
+    u8* memory, const Inputs& in, const Place& place, const Exchange& exchange, float scale) {
     const int g = (threadIdx.x & 31) >> 2, blocks = far_blocks(place.length);
     const int rounds = (blocks - place.slot + SLOTS - 1) / SLOTS;  // 0 for a slot beyond the committed rows
-#pragma unroll
-    for (int round = 0; round < STAGES; ++round) {
-        fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
-        fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
-    }
     int end[ROW_TILES][2];
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) {
@@ -134,26 +107,39 @@ __device__ __forceinline__ void far_warps(
     if (node >= 0)
         turns = load_turns(in.angles + (long long)(place.length + in.depth[node]) * (HEAD_DIM / 2),
                            threadIdx.x % (PIECES / 2) * 8);
+#pragma unroll
+    for (int round = 0; round < STAGES; ++round) {
+        fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
+        fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
+    }
     wait_for_previous_kernel();
     place_queries((u16*)(memory + QUERY_AT), in.qkv, in.angles, in.depth, place, turns);
+    barrier_arrive(QUERY_BARRIER, THREADS);
+    if (rounds <= 0) {
+        keys_done();
+        wait_until_keys_done();
+        return;
+    }
     wait_copies<2 * STAGES - 1>();
-    barrier(ALL_BARRIER, THREADS);  // the queries are there, and the first block's keys
-    if (rounds <= 0) return;
+    barrier(FAR_BARRIER, FAR_THREADS);  // the queries are there, and the first block's keys
     FarState state = {};
     state.row_peak = -INFINITY;
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) state.peak[i / 2][i % 2] = -INFINITY;
     far_rounds(state, memory, in.keys, in.values, place, end, rounds, scale);
-    write_far(state, part.sums, part.marks);
+    wait_until_keys_done();
+    send_far(state, exchange, place);
 }
 
 __device__ __forceinline__ void near_warp(
-    u8* memory, const Inputs& in, const Place& place, const Part& part, u16* scratch_keys, u16* scratch_values,
+    u8* memory, const Inputs& in, const Place& place, const Exchange& exchange, u16* scratch_keys, u16* scratch_values,
     float scale) {
+    keys_done();
     const int warp = threadIdx.x / 32 - FAR_WARPS, task = place.first_task + warp * SLOTS + place.slot;
     if (warp * SLOTS + place.slot >= TASKS || task >= place.num_tasks) {
         wait_for_previous_kernel();
-        barrier(ALL_BARRIER, THREADS);
+        barrier_arrive(QUERY_BARRIER, THREADS);
+        wait_until_keys_done();
         return;
     }
     const int node = task / NODE_TASKS, depth = in.depth[node], first = place.length + depth - NEAR + 1;
@@ -161,20 +147,27 @@ __device__ __forceinline__ void near_warp(
     u16* near_values = (u16*)(memory + NEAR_VALUES_AT) + warp * NEAR * HEAD_DIM;
     const int owner = near_owner(in.ancestor_at, node, first, place.length);
     fetch_angles(angles, in.angles, place.length, depth);
+    const int first_row = (task - place.first_task) * TASK_HEADS;
+    const NearTargets targets = near_targets(exchange, place, first_row);
+    const NearSources sources = find_near(in.qkv, in.keys, in.values, place, owner, first);
     wait_for_previous_kernel();
     NearKeys near;
-    fetch_near(near, near_values, in.qkv, in.keys, in.values, place, owner, first);
-    barrier(ALL_BARRIER, THREADS);  // the queries are there
-    wait_copies<0>();
+    fetch_near(near, near_values, sources);
+    wait_copies<1>();
     __syncwarp();
     rotate_near(near, angles, first, place.length);
+    barrier(QUERY_BARRIER, THREADS);
+    float scores[2][4] = {};
+    score_near(scores, near, (u16*)(memory + QUERY_AT), first_row);
+    wait_copies<0>();
+    __syncwarp();
     if (scratch_keys && task % NODE_TASKS == 0) {
         long long at = ((long long)node * place.kv_heads + place.kv_head) * HEAD_DIM;
         write_scratch(near, near_values, scratch_keys + at, scratch_values + at);
     }
-    float scores[2][4] = {};
-    score_near(scores, near, (u16*)(memory + QUERY_AT), (task - place.first_task) * TASK_HEADS);
-    add_near(scores, near_values, part.near_sums, part.near_marks, warp * TASK_HEADS, first, scale);
+    const NearWeights weights = weigh_near(scores, first, scale);
+    wait_until_keys_done();
+    send_near(weights, near_values, targets);
 }
 
 // Grid: (SLOTS, groups of TASKS tasks, key/value heads), of THREADS threads.
@@ -203,16 +196,24 @@ attend_tree(
                          nodes * NODE_TASKS, nodes, __ldcg(length_at)};
     const long long head_at = (long long)place.kv_head * capacity * HEAD_DIM;
     const Inputs in = {qkv, keys + head_at, values + head_at, angles, depth, ancestor_at};
-    const Part part = part_at(memory, workspace, place.slot);
-    const bool idle = place.slot >= far_blocks(place.length) && place.first_task + place.slot >= place.num_tasks;
-    if (idle) wait_for_previous_kernel();  // no launch may end before the one that it follows
-    else if (threadIdx.x < FAR_THREADS) far_warps(memory, in, place, part, scale);
-    else near_warp(memory, in, place, part, scratch_keys, scratch_values, scale);
+    const long long group = blockIdx.z * gridDim.y + blockIdx.y;
+    const Exchange exchange = {memory, workspace + group * WORKSPACE_FLOATS};
 #if CLUSTER > 1
-    cluster_barrier();
-    add_rows(part, place, out);
-    cluster_barrier();  // nobody ends while others still read its shared memory
+    const int expected = expect_parts(memory, place);
+#endif
+    const bool idle = place.slot >= far_blocks(place.length) && place.first_task + place.slot >= place.num_tasks;
+    if (idle) {
+        keys_done();
+        wait_for_previous_kernel();  // no launch may end before the one that it follows
+        wait_until_keys_done();
+    } else if (threadIdx.x < FAR_THREADS) far_warps(memory, in, place, exchange, scale);
+    else near_warp(memory, in, place, exchange, scratch_keys, scratch_values, scale);
+#if CLUSTER > 1
+    __syncthreads();  // the mailbox is there for all
+    if (expected == 0 || threadIdx.x >= 32 * OWN_ROWS) return;
+    await_mailbox(memory + MAILBOX_AT);
+    add_rows(exchange, place, out);
 #else
-    if (is_last(memory, counters)) add_rows(part, place, out);
+    if (is_last(memory, counters + group)) add_rows(exchange, place, out);
 #endif
 }
