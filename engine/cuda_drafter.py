@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from engine.block_weights import DenseWeight, Weight
-from engine.cuda_memory import MAX_ROWS
+from engine.cuda_memory import MAX_ROWS, roomy
 from engine.cuda_plan import Round, TreePlan
 from engine.cuda_runner import CudaRunner
 from engine.cuda_weights import pack_matrix, require
@@ -90,10 +90,10 @@ class CudaDrafter:
         """Choose how to run every matrix for the rows of this tree."""
         for turn in plan.rounds:
             self._runner.linear.prepare(self._heads[turn.head].matrices, turn.num_rows)
-            count = turn.num_rows * self._heads[turn.head].output.n
-            if self._logits.numel() < count:
+            vocab = self._heads[turn.head].output.n
+            if self._logits.numel() < turn.num_rows * vocab:
                 self._outgrown.append(self._logits)
-                self._logits = torch.zeros(count, device=self._logits.device)
+                self._logits = torch.zeros(roomy(turn.num_rows) * vocab, device=self._logits.device)
 
     def memory_bytes(self) -> int:
         """Bytes held by the heads and their work memory."""

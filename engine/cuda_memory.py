@@ -12,7 +12,7 @@ from engine.kernels.fused_ops import LENGTH, RECORD_SIZE, rotary_angles
 from engine.kernels.small_batch_linear import MAX_PLACES
 from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace
 
-__all__ = ["MAX_ROWS", "StepMemory"]
+__all__ = ["MAX_ROWS", "StepMemory", "roomy"]
 
 MAX_ROWS = 64
 CACHE_STEP = 1024  # rows by which the cache grows: capturing again takes longer than copying
@@ -61,11 +61,11 @@ class StepMemory:
 
     def logits(self, rows: int) -> Tensor:
         """Return room for scores [rows, vocab], float32; it is made for the most rows that were asked for so far."""
-        count = rows * self.config.vocab_size
-        if self._logits.numel() < count:
+        vocab = self.config.vocab_size
+        if self._logits.numel() < rows * vocab:
             self._outgrown.append(self._logits)
-            self._logits = torch.zeros(count, device=self.device)
-        return self._logits[:count].view(rows, -1)
+            self._logits = torch.zeros(roomy(rows) * vocab, device=self.device)
+        return self._logits[: rows * vocab].view(rows, -1)
 
     def keys_of_best(self, rows: int, places: int) -> Tensor:
         """Return room for the keys of each row's best token by place, int64 [rows, places]."""
@@ -109,6 +109,11 @@ class StepMemory:
 
     def _rows(self, *width: int) -> Tensor:
         return torch.zeros(MAX_ROWS, *width, dtype=self.dtype, device=self.device)
+
+
+def roomy(rows: int) -> int:
+    """Round a number of rows up so that what has been outgrown, which captured graphs still use, stays small."""
+    return next(size for size in (1, 16, MAX_ROWS) if size >= rows)
 
 
 def _in_steps(rows: int) -> int:
