@@ -14,8 +14,9 @@ from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
+from engine.kernels.linear_config import MAX_PLACES
 from engine.kernels.linear_inputs import Norm
-from engine.kernels.small_batch_linear import MAX_PLACES, LoadKernel, PackedLinear
+from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 from engine.kernels.tree_attention import tree_attention
 
 __all__ = ["CHUNKS", "Forward"]

@@ -5,16 +5,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from engine.kernels.linear_config import LinearConfig, default_config, rows_measured
 from engine.kernels.linear_inputs import Norm, Seen
-from engine.kernels.small_batch_linear import (
-    LinearConfig,
-    LoadKernel,
-    PackedLinear,
-    Workspace,
-    default_config,
-    rows_measured,
-    run_linear,
-)
+from engine.kernels.small_batch_linear import LoadKernel, PackedLinear, Workspace, run_linear
 
 __all__ = ["Choose", "LinearBank", "choose_default"]
 

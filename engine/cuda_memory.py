@@ -9,7 +9,7 @@ from torch import Tensor
 
 from engine.backbone import BackboneConfig
 from engine.kernels.fused_ops import LENGTH, RECORD_SIZE, rotary_angles
-from engine.kernels.small_batch_linear import MAX_PLACES
+from engine.kernels.linear_config import MAX_PLACES
 from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace
 
 __all__ = ["MAX_ROWS", "StepMemory", "roomy"]

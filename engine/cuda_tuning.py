@@ -2,8 +2,9 @@
 
 from collections.abc import Sequence
 
+from engine.kernels.linear_config import rows_measured
 from engine.kernels.nvrtc import compile_ahead
-from engine.kernels.small_batch_linear import PackedLinear, rows_measured
+from engine.kernels.small_batch_linear import PackedLinear
 from engine.kernels.tune_nf4 import candidates
 
 __all__ = ["compile_candidates"]

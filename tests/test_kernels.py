@@ -9,14 +9,14 @@ import torch
 from cuda_emulator import COMPILER, load_emulated
 from torch.nn import functional as F
 
-from engine.kernels import fused_ops, nvrtc, reference
-from engine.kernels import small_batch_linear as small
+from engine.kernels import fused_ops, linear_config, nvrtc, reference
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.draft_ops import draft_tokens, gather_seen, silu_rows
 from engine.kernels.int8_linear import Int8Weight, pack_int8
+from engine.kernels.linear_config import Decode, LinearConfig
 from engine.kernels.linear_inputs import Norm, Seen
 from engine.kernels.nf4_linear import NF4_VALUES, Nf4Weight, code_tables, pack_nf4
-from engine.kernels.small_batch_linear import Decode, LinearConfig, PackedLinear, Workspace, run_linear
+from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 from engine.kernels.tree_attention import ancestor_table
 from engine.tree import CandidateTree
 
@@ -73,7 +73,7 @@ def test_linear_is_close_to_float64_and_the_same_for_every_cut(machine, dtype, k
     device, load = machine
     weight, values, decodes = packed(kind, n, k, dtype, device)
     x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
-    tiles = small.token_tiles_for(tokens)
+    tiles = linear_config.token_tiles_for(tokens)
     cuts = [(tiles, 1, 1, 8, 1), (tiles, 2, 2, 2, 2), (tiles, 1, 4, 1, 4)]
     results = []
     for config in (LinearConfig(decode, *cut) for decode in decodes for cut in cuts):
@@ -100,7 +100,7 @@ def test_hopper_linear_is_close_to_float64_and_the_same_for_every_cut(machine, d
         pytest.skip("not a Hopper GPU")
     weight, values, decodes = packed(kind, n, k, dtype, device)
     x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
-    tiles, results = small.token_tiles_for(tokens), []
+    tiles, results = linear_config.token_tiles_for(tokens), []
     for config in (LinearConfig(decode, tiles, 1, *cut) for decode in decodes for cut in WGMMA_CUTS):
         if not config.fits(k, 227 * 1024):
             continue
@@ -119,7 +119,7 @@ RESIDENT_CUTS = [(1, 1, 8, 1), (2, 2, 4, 1), (1, 2, 2, 2), (1, 3, 1, 3), (2, 1, 
 
 def resident(decode, tokens, cut):
     *shape, row_loop = cut
-    return LinearConfig(decode, small.token_tiles_for(tokens), *shape, depth=0, row_loop=row_loop, resident=1)
+    return LinearConfig(decode, linear_config.token_tiles_for(tokens), *shape, depth=0, row_loop=row_loop, resident=1)
 
 
 @pytest.mark.parametrize(
@@ -132,7 +132,7 @@ def test_resident_linear_has_the_bits_of_the_other(machine, dtype, kind, n, k, t
     weight, values, decodes = packed(kind, n, k, dtype, device)
     x, workspace = random(tokens, k, dtype=dtype, device=device), Workspace(device)
     residual = random(tokens, n, dtype=dtype, device=device, seed=4)
-    want = LinearConfig(decodes[0], small.token_tiles_for(tokens), 1, 1, 8, 1)
+    want = LinearConfig(decodes[0], linear_config.token_tiles_for(tokens), 1, 1, 8, 1)
     plain = run_linear(x, weight, want, workspace, load=load)
     added = run_linear(x, weight, want, workspace, residual=residual, load=load)
     assert error(plain, reference.linear(x, values)) < TOLERANCE[dtype]
@@ -215,7 +215,7 @@ def test_a_row_does_not_depend_on_the_rows_beside_it(machine, kind):
     ]
     alone = torch.cat(run)
     for tokens in (2, 8, 9, 31, 64):
-        config = LinearConfig(decodes[0], small.token_tiles_for(tokens), 2, 1, 4, 1)
+        config = LinearConfig(decodes[0], linear_config.token_tiles_for(tokens), 2, 1, 4, 1)
         for tried in (config, resident(decodes[0], tokens, (1, 1, 8, 1))):
             assert torch.equal(run_linear(x[:tokens], weight, tried, workspace, load=load), alone[:tokens])
 

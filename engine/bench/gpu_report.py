@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from engine.kernels.small_batch_linear import LinearConfig
+from engine.kernels.linear_config import LinearConfig
 from engine.kernels.tune_nf4 import time_graph
 
 __all__ = ["Report", "bandwidth", "environment", "or_error"]

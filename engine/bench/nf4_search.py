@@ -18,15 +18,9 @@ from engine.bench.gpu_linears import alone, bnb_copies, bnb_linear, compile_conf
 from engine.bench.gpu_report import Report, bandwidth, environment, or_error
 from engine.bench.gpu_step import step_parts
 from engine.kernels import nvrtc, reference
+from engine.kernels.linear_config import Decode, LinearConfig, token_tiles_for
 from engine.kernels.nf4_linear import pack_nf4
-from engine.kernels.small_batch_linear import (
-    Decode,
-    LinearConfig,
-    PackedLinear,
-    Workspace,
-    run_linear,
-    token_tiles_for,
-)
+from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 from engine.kernels.tune_nf4 import candidates, copies, time_graph, wgmma_candidates
 
 MAIN = [(4096, 4096), (11008, 4096), (4096, 11008)]

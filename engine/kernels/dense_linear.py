@@ -2,7 +2,8 @@
 
 from torch import Tensor
 
-from engine.kernels.small_batch_linear import Decode, PackedLinear
+from engine.kernels.linear_config import Decode
+from engine.kernels.small_batch_linear import PackedLinear
 
 __all__ = ["pack_dense"]
 

@@ -5,8 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.kernels.linear_config import Decode
 from engine.kernels.nf4_linear import stack_rows
-from engine.kernels.small_batch_linear import Decode, PackedLinear
+from engine.kernels.small_batch_linear import PackedLinear
 
 __all__ = ["Int8Weight", "pack_int8"]
 

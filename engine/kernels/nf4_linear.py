@@ -12,7 +12,8 @@ from itertools import product
 import torch
 from torch import Tensor
 
-from engine.kernels.small_batch_linear import Decode, PackedLinear
+from engine.kernels.linear_config import Decode
+from engine.kernels.small_batch_linear import PackedLinear
 
 __all__ = ["NF4_BLOCK", "NF4_VALUES", "Nf4Weight", "pack_nf4"]
 

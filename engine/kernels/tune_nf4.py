@@ -16,19 +16,10 @@ from torch import Tensor
 
 from engine.kernels import fused_ops
 from engine.kernels.dense_linear import pack_dense
+from engine.kernels.linear_config import MAX_PLACES, MAX_RESIDENT, Decode, LinearConfig, rows_measured, token_tiles_for
 from engine.kernels.linear_inputs import Norm
 from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
-from engine.kernels.small_batch_linear import (
-    MAX_PLACES,
-    MAX_RESIDENT,
-    Decode,
-    LinearConfig,
-    PackedLinear,
-    Workspace,
-    rows_measured,
-    run_linear,
-    token_tiles_for,
-)
+from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 
 __all__ = ["candidates", "choose_config", "time_graph", "tune"]
 
