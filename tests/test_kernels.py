@@ -137,6 +137,8 @@ def test_resident_linear_has_the_bits_of_the_other(machine, dtype, kind, n, k, t
     added = run_linear(x, weight, want, workspace, residual=residual, load=load)
     assert error(plain, reference.linear(x, values)) < TOLERANCE[dtype]
     for config in (resident(decode, tokens, cut) for decode in decodes for cut in RESIDENT_CUTS):
+        if config.shared_bytes(k) > 190 * 1024:  # beside the table no multiprocessor has so much
+            continue
         out = torch.full((tokens, n), torch.nan, dtype=dtype, device=device)
         assert torch.equal(run_linear(x, weight, config, workspace, out=out, load=load), plain), str(config)
         out.copy_(residual)

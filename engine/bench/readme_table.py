@@ -47,6 +47,13 @@ def bench(report: Report) -> Iterator[Row]:
         )
 
 
+def bench_of_others(report: Report) -> Iterator[Row]:
+    """Rows of the other programs alone: the engine's own on a GPU come from `gpu_engine`."""
+    where = f"{report['hardware']['device']}, {report['date']}"
+    rows = list(_speed_rows(report, where, "python launcher.py bench --peers"))
+    yield from (row._replace(what=f"bundled model {row.what.removeprefix('the same ')}") for row in rows[1:])
+
+
 def heads(report: Report) -> Iterator[Row]:
     """Rows of the heads' training."""
     where, command = f"{report['hardware'].split(',')[0]}, {report['date']}", "python -m engine.bench.train_heads"
@@ -83,8 +90,32 @@ def gpu_engine(report: Report) -> Iterator[Row]:
         differ = sum(len(rows) for rows in part["differ"].values())
         same = "same tokens" if not differ else f"{differ} answers differ"
         speeds, best = part["tokens_per_second"], str(part["best"])
-        what = f"bundled model, {name.removesuffix(' toggle')}, Medusa off / on with {best} nodes ({same})"
+        kind = name.removesuffix(" toggle")
+        what = f"bundled model, {kind}, Medusa off / on with {best} nodes ({same})"
         yield Row(what, f"{speeds['0']:.0f} / {speeds[best]:.0f} tokens/s", where, command)
+        yield from _gpu_identity(report, kind, where, command)
+        yield from _gpu_contexts(report, kind, where, command)
+
+
+def _gpu_identity(report: Report, kind: str, where: str, command: str) -> Iterator[Row]:
+    part = report.get(f"{kind} toggle 80", {})
+    if "differ" in part:
+        sizes = [size for size in part["differ"] if size != "0"]
+        differ = sum(len(part["differ"][size]) for size in sizes)
+        what = f"greedy answers that Medusa changes, {kind}: {part['prompts']} prompts x 256 tokens, trees of "
+        what += f"{', '.join(sizes)} drafted nodes; off / on with {part['best']}"
+        speeds = part["tokens_per_second"]
+        figure = f"{differ} of {part['prompts'] * len(sizes)}; "
+        figure += f"{speeds['0']:.0f} / {speeds[str(part['best'])]:.0f} tokens/s"
+        yield Row(what, figure, where, command)
+
+
+def _gpu_contexts(report: Report, kind: str, where: str, command: str) -> Iterator[Row]:
+    rows = report.get(f"{kind} contexts", {})
+    if rows and "error" not in rows:
+        shown = " / ".join(f"{int(length):,}" for length in rows)
+        figure = " / ".join(f"{row['first_token_ms']:.0f}" for row in rows.values())
+        yield Row(f"time to the first token of a prompt of {shown} tokens, {kind}", f"{figure} ms", where, command)
 
 
 def identity(report: Report) -> Iterator[Row]:
@@ -104,7 +135,7 @@ def identity(report: Report) -> Iterator[Row]:
 
 READERS: tuple[tuple[str, Callable[[Report], Iterator[Row]]], ...] = (
     ("bench_cpu*.json", bench),
-    ("bench_cuda*.json", bench),
+    ("bench_cuda*.json", bench_of_others),
     ("identity_*.json", identity),
     ("gpu_engine*.json", gpu_engine),
     ("gpu_kernels*.json", kernels),

@@ -192,7 +192,7 @@ def tune(
     tries = [config for config in tries if not _spills(config, weight)] or tries
     out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
-    flush = torch.empty(2 * cache_bytes(), dtype=torch.uint8, device=x.device)  # few copies would stay in the cache
+    flush = torch.empty(cache_bytes(), dtype=torch.uint8, device=x.device)  # few copies would stay in the cache
     timed = [(_time_config(x, rounds, config, workspace, out, flush), config) for config in tries]
     return sorted(timed, key=lambda pair: pair[0])
 
