@@ -8,7 +8,7 @@ import { depthOf, pointAt, sentence, traceOf, visible } from "./trace.js";
 import { buildTransport } from "./transport.js";
 import { drawTree } from "./tree.js";
 
-const DRAW_MS = 100; // no more than 10 drawings a second while the answer runs
+const DRAW_MS = 90; // the server sends 10 values a second while the answer runs; what comes faster is not drawn
 
 /** Mount the panel; returns the function that takes each new value. */
 export function mountLive({ element }) {
@@ -54,8 +54,8 @@ function buildPanel() {
       view.transport.step(by);
     }
   });
-  view.tree.addEventListener("pointerenter", () => named(view));
-  view.tree.addEventListener("pointerleave", () => named(view));
+  view.tree.addEventListener("pointerenter", () => draw(view));
+  view.tree.addEventListener("pointerleave", () => draw(view));
   fillIdle(view.idle);
   view.panel = el("section", { class: "live-panel", "aria-label": "Medusa at work" }, el("h2", {}, "Medusa at work"), view.idle, view.work);
   return view;
@@ -104,13 +104,13 @@ function draw(view) {
   view.work.hidden = !step;
   view.idle.hidden = Boolean(step);
   if (!step) return;
-  drawTree(view.tree, step);
+  const isNamed = named(view);
+  drawTree(view.tree, step, isNamed);
   const words = sentence(step);
   setText(view.caption, `${words[0].toUpperCase()}${words.slice(1)}${checked(step)}`);
   view.tree.setAttribute("aria-label", `Candidate tree. ${view.caption.textContent}`);
   showAdded(view.added, step);
   view.gauges.show(at ? figuresOf(at.trace, at.index) : view.value);
-  named(view);
   showTransport(view);
 }
 
@@ -119,10 +119,12 @@ function checked(step) {
   return nodes > depthOf(step.parents) ? `, ${nodes} verified at once` : "";
 }
 
-/** Labels are for reading: while steps fly by they rest, unless someone's pointer asks for them. */
+/** Whether labels are shown: they are for reading; while steps fly by they rest, unless a pointer asks for them. */
 function named(view) {
   const flies = !view.peek && (view.held ? view.replaying && !view.transport.slow() : isRunning(view));
-  view.tree.classList.toggle("is-quiet", flies && !view.tree.matches(":hover"));
+  const isQuiet = flies && !view.tree.matches(":hover");
+  view.tree.classList.toggle("is-quiet", isQuiet);
+  return !isQuiet;
 }
 
 function showTransport(view) {

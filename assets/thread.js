@@ -6,7 +6,7 @@ import { fillComposer } from "./drafts.js";
 import { followIfRunning } from "./follow.js";
 import { renderMarkdown } from "./markdown.js";
 import { addActions, showLeftOut, updateActions } from "./message_actions.js";
-import { shared } from "./shared.js";
+import { root, shared } from "./shared.js";
 
 const EXAMPLES = [
   ["Tell a story", "Write a long story about a dragon and a knight."],
@@ -23,9 +23,13 @@ export function mountThread({ element }) {
   const spoken = el("p", { class: "only-spoken", "aria-live": "polite" });
   const toEnd = iconButton("down", "Jump to the latest", () => scrollToEnd(scroller, true), { class: "icon-button to-end", hidden: true });
   element.replaceChildren(list, toEnd, spoken);
+  root.style.setProperty("--scrollbar", `${scroller.offsetWidth - scroller.clientWidth}px`);
   const view = { scroller, list, toEnd, spoken, rows: new Map(), follows: true, top: 0 };
   scroller.addEventListener("scroll", () => noteScroll(view), { passive: true });
-  new ResizeObserver(() => keepEnd(view)).observe(list); // formulas grow when they are set
+  // After the page's own layout: asking for heights while text is being put in would lay it out twice.
+  const sizes = new ResizeObserver(() => keepEnd(view));
+  sizes.observe(list);
+  sizes.observe(scroller);
   shared.on("live", (live) => showLive(view, live));
   shared.on("begun", (value) => {
     view.follows = true;
@@ -121,12 +125,11 @@ function showLive(view, live) {
   if (!row) return;
   updateRow(row, { role: "assistant", status: live.status, content: live.text, figures: live.figures, medusa: live.medusa, error: live.error });
   showLeftOut(row, live.left_out);
-  keepEnd(view);
 }
 
 function setRunning(view, running) {
-  const before = document.documentElement.dataset.running === "yes";
-  document.documentElement.dataset.running = running ? "yes" : "no";
+  const before = root.dataset.running === "yes";
+  root.dataset.running = running ? "yes" : "no";
   // A screen reader hears the beginning and the end, not every word as it comes.
   if (before !== running) setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
 }
