@@ -3,7 +3,7 @@
 
 import { el, setText } from "./dom.js";
 import { buildGauges, figuresOf } from "./gauges.js";
-import { shared } from "./shared.js";
+import { isOpen, shared } from "./shared.js";
 import { depthOf, pointAt, sentence, traceOf, visible } from "./trace.js";
 import { buildTransport } from "./transport.js";
 import { drawTree } from "./tree.js";
@@ -16,6 +16,7 @@ export function mountLive({ element }) {
   element.replaceChildren(view.panel);
   shared.on("conversation", () => shared.live?.conversation !== shared.conversation && take(view, null));
   shared.on("step", (at) => at?.from !== "panel" && pointedAt(view, at));
+  shared.on("panel", (open) => open && take(view, view.value));
   shared.on("engine", (engine) => view.gauges.showTuning(engine.tuning));
   return (value) => {
     shared.live = value;
@@ -93,6 +94,7 @@ function take(view, value) {
   if (view.held || view.peek) return showTransport(view);
   const wait = isRunning(view) ? DRAW_MS - (performance.now() - view.drawnAt) : 0;
   clearTimeout(view.timer);
+  if (!isOpen("panel")) return; // it is drawn when it is opened
   if (wait > 0) view.timer = setTimeout(() => draw(view), wait);
   else draw(view);
 }

@@ -99,7 +99,7 @@ function buildRow(message) {
 }
 
 function updateRow(row, message) {
-  row.node.dataset.status = message.status;
+  if (row.node.dataset.status !== message.status) row.node.dataset.status = message.status;
   if (message.role === "user") {
     if (row.text !== message.content) row.body.textContent = row.text = message.content;
     return;
@@ -129,9 +129,10 @@ function showLive(view, live) {
 
 function setRunning(view, running) {
   const before = root.dataset.running === "yes";
+  if (before === running) return;
   root.dataset.running = running ? "yes" : "no";
   // A screen reader hears the beginning and the end, not every word as it comes.
-  if (before !== running) setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
+  setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
 }
 
 function keepEnd(view) {
@@ -152,7 +153,7 @@ function noteScroll(view) {
   if (isAtEnd) view.follows = true;
   else if (top < view.top - 1) view.follows = false;
   view.top = top;
-  view.toEnd.hidden = view.follows;
+  if (view.toEnd.hidden !== view.follows) view.toEnd.hidden = view.follows;
 }
 
 function showEmptyPage(view, empty) {
