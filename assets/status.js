@@ -19,6 +19,7 @@ export function mountStatus({ element }) {
     theme.title = theme.getAttribute("aria-label");
   };
   const gain = el("span", { class: "gain-place" });
+  const medusa = buildMedusa();
   shared.on("engine", (engine) => gain.replaceChildren(...gainOf(engine)));
   const showPanel = (open) => panel.setAttribute("aria-expanded", String(open));
   shared.on("theme", showTheme);
@@ -29,12 +30,32 @@ export function mountStatus({ element }) {
     shared.contextSize = value?.max_context || 0;
     shared.tell("size");
     shared.tell("status", value);
-    facts.replaceChildren(...(value ? factsOf(value) : []), gain);
+    medusa.heads = value?.heads;
+    medusa.show();
+    facts.replaceChildren(...(value ? factsOf(value, medusa.node) : []), gain);
     if (value) document.documentElement.dataset.medusa = value.medusa ? "ready" : value.phase === "ready" ? "missing" : "unknown";
   };
 }
 
-function factsOf(value) {
+/** "Medusa on" or "off", as the switch stands: it may be moved by a conversation that is opened, without an event. */
+function buildMedusa() {
+  const medusa = { node: el("span", { class: "medusa-state" }), heads: 0 };
+  const box = () => document.querySelector("#medusa-switch input");
+  medusa.show = () => {
+    const on = box()?.checked ?? true;
+    if (medusa.shown === `${on} ${medusa.heads}`) return;
+    medusa.shown = `${on} ${medusa.heads}`;
+    medusa.node.replaceChildren(on ? badge("good", "Medusa on", `${medusa.heads} heads draft`)
+      : badge("plain", "Medusa off", "Answers are decoded one token a step; the switch is beside the text box."));
+  };
+  document.addEventListener("change", (event) => event.target === box() && medusa.show());
+  for (const topic of ["thread", "conversation", "engine"]) shared.on(topic, () => setTimeout(medusa.show, SWITCH_MS));
+  return medusa;
+}
+
+const SWITCH_MS = 150; // Gradio moves the switch after it has shown the conversation
+
+function factsOf(value, medusa) {
   if (value.phase === "loading") {
     return [el("span", { class: "spinner", "aria-hidden": "true" }), el("span", { class: "fact" }, `${value.message || "Starting"}…`)];
   }
@@ -44,7 +65,7 @@ function factsOf(value) {
     el("span", { class: "fact model" }, value.model),
     el("span", { class: "fact detail" }, place.filter(Boolean).join(" · ")),
     value.medusa
-      ? badge("good", "Medusa", `${value.heads} heads draft`)
+      ? medusa
       : badge("warn", `Medusa unavailable: ${value.reason || "no heads were found for this model"}`),
     ...value.notes.map((note) => badge("note", note)),
   ];

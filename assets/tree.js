@@ -29,7 +29,7 @@ export function drawTree(target, step, named = true) {
 
 function widthOf(target) {
   if (!widths.has(target)) {
-    widths.set(target, 0);
+    widths.set(target, target.clientWidth);
     new ResizeObserver(() => {
       const width = target.clientWidth;
       if (!width || width === widths.get(target)) return;
