@@ -32,7 +32,7 @@ export function mountStatus({ element }) {
     shared.tell("status", value);
     medusa.heads = value?.heads;
     medusa.show();
-    facts.replaceChildren(...(value ? factsOf(value, medusa.node) : []), gain);
+    facts.replaceChildren(...(value ? factsOf(value, medusa.node, gain) : []));
     if (value) document.documentElement.dataset.medusa = value.medusa ? "ready" : value.phase === "ready" ? "missing" : "unknown";
   };
 }
@@ -55,20 +55,20 @@ function buildMedusa() {
 
 const SWITCH_MS = 150; // Gradio moves the switch after it has shown the conversation
 
-function factsOf(value, medusa) {
+function factsOf(value, medusa, gain) {
   if (value.phase === "loading") {
     return [el("span", { class: "spinner", "aria-hidden": "true" }), el("span", { class: "fact" }, `${value.message || "Starting"}…`)];
   }
   if (value.phase === "failed") return [badge("bad", `The model did not load. ${value.message}`)];
-  const place = [WEIGHT_NAMES[value.weights] || value.weights, value.device.toUpperCase(), megabytes(value.memory_bytes)];
+  // The weights last: on a CPU they can be a long name, and where there is no room the end is cut.
+  const place = [value.device.toUpperCase(), megabytes(value.memory_bytes), WEIGHT_NAMES[value.weights] || value.weights]
+    .filter(Boolean).join(" · ");
   return [
-    el("span", { class: "fact model" }, value.model),
-    el("span", { class: "fact detail" }, place.filter(Boolean).join(" · ")),
-    value.medusa
-      ? medusa
-      : badge("warn", `Medusa unavailable: ${value.reason || "no heads were found for this model"}`),
+    el("span", { class: "headline" }, el("span", { class: "fact model", title: value.model }, value.model), value.medusa ? medusa : null, gain),
+    el("span", { class: "fact detail", title: place }, place),
+    value.medusa ? null : badge("warn", `Medusa unavailable: ${value.reason || "no heads were found for this model"}`),
     ...value.notes.map((note) => badge("note", note)),
-  ];
+  ].filter(Boolean);
 }
 
 /** What Medusa gains on this machine, by its own answers; before there are enough, what its step times promise. */
@@ -77,16 +77,18 @@ function gainOf(engine) {
   if (!engine.medusa) return [];
   if (gain) {
     const basis = `${medusa} tokens/s with Medusa (${answers[0]} answers), ${plain} without (${answers[1]}): medians of this machine`;
-    if (gain < 0.98) return [badge("warn", `×${gain.toFixed(2)}: slower, measured here`, basis)];
-    return [badge("good", gain < 1.02 ? "no faster, measured here" : `×${gain.toFixed(1)} faster, measured here`, basis)];
+    if (gain < 0.98) return [badge("warn", `×${gain.toFixed(2)}: slower`, basis, ", measured here")];
+    return [badge("good", gain < 1.02 ? "no faster" : `×${gain.toFixed(1)} faster`, basis, ", measured here")];
   }
   const promised = engine.tuning?.expected_gain;
   if (engine.tuning?.chosen === 0) return [badge("warn", "Medusa does not pay here: answers are decoded plainly", engine.tuning.reason)];
   return promised > 1 ? [badge("plain", `×${promised.toFixed(1)} expected`, "From step times measured here. Answer with and without Medusa, or race them, to measure it here.")] : [];
 }
 
-function badge(kind, text, basis = text) {
-  return el("span", { class: `badge ${kind}`, title: basis }, ["good", "plain"].includes(kind) ? null : icon("warning"), el("span", {}, text));
+/** `more` is left out where there is little room; the title still says it. */
+function badge(kind, text, basis = text, more = "") {
+  return el("span", { class: `badge ${kind}`, title: basis }, ["good", "plain"].includes(kind) ? null : icon("warning"),
+    el("span", {}, text, more ? el("span", { class: "not-narrow" }, more) : null));
 }
 
 function megabytes(bytes) {

@@ -54,6 +54,7 @@ function showThread(view, value) {
   view.rows = rows;
   view.list.replaceChildren(...[...rows.values()].map((row) => row.node));
   showEmptyPage(view, value.messages.length === 0);
+  shared.thread = value;
   shared.tell("thread", value);
   showLive(view, shared.live);
   if (switched) view.follows = value.messages.length > 0;

@@ -20,6 +20,7 @@ export function mountTools({ element }) {
   });
   shared.on("size", () => showContext(meter, meter.shown));
   showName();
+  showContext(meter, shared.thread?.context); // it may have been shown before this was mounted
   return () => {};
 }
 

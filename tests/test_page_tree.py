@@ -241,7 +241,7 @@ def test_a_head_that_never_hits_shows_zero(page: Page) -> None:
 
 def test_status_line_says_what_medusa_gains_here(page: Page) -> None:
     page.page.wait_for_selector(".badge[title='3 heads draft']:has-text('Medusa on')")
-    assert page.page.locator(".facts .fact").all_inner_texts() == ["Fake-135M", "4-bit · CPU · 129 MB"]
+    assert page.page.locator(".facts .fact").all_inner_texts() == ["Fake-135M", "CPU · 129 MB · 4-bit"]
     for _ in range(2):
         answered(page, 120)
     page.page.click("#medusa-switch input")
