@@ -52,13 +52,19 @@ function showThread(view, value) {
   const last = value.messages.at(-1);
   if (last?.status === "running" && !view.rows.has(last.id)) view.follows = true; // what one has just asked for
   view.rows = rows;
-  view.list.replaceChildren(...[...rows.values()].map((row) => row.node));
+  showRows(view.list, [...rows.values()].map((row) => row.node));
   showEmptyPage(view, value.messages.length === 0);
   shared.thread = value;
   shared.tell("thread", value);
   showLive(view, shared.live);
   if (switched) view.follows = value.messages.length > 0;
   if (!lookAt(view)) keepEnd(view);
+}
+
+/** Put the rows into the list; where they are there already, they are left alone, and with them what is selected. */
+function showRows(list, nodes) {
+  const isSame = nodes.length === list.children.length && nodes.every((node, index) => list.children[index] === node);
+  if (!isSame) list.replaceChildren(...nodes);
 }
 
 /** Bring the message that a search found into view, once. */
@@ -129,11 +135,12 @@ function showLive(view, live) {
 }
 
 function setRunning(view, running) {
-  const before = root.dataset.running === "yes";
-  if (before === running) return;
-  root.dataset.running = running ? "yes" : "no";
+  const state = running ? "yes" : "no";
+  const before = root.dataset.running;
+  if (before === state) return;
+  root.dataset.running = state;
   // A screen reader hears the beginning and the end, not every word as it comes.
-  setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
+  if (before || running) setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
 }
 
 function keepEnd(view) {

@@ -32,7 +32,7 @@ export function openTransfer() {
   el("h3", {}, "Export all conversations"),
   el("ul", { class: "formats" }, ...FORMATS.map(([format, name, help]) => el("li", {},
     el("span", {}, el("strong", {}, name), el("span", { class: "help" }, help)),
-    el("button", { type: "button", class: "plain-button", "aria-label": `Export as ${name}`, onclick: () => saveExport(format) }, "Save")))),
+    el("button", { type: "button", class: "plain-button", "aria-label": `Save as ${name}`, onclick: () => saveExport(format) }, "Save")))),
   el("h3", {}, "Import"),
   el("label", { for: "import-file" }, "A file of this app (JSON), ShareGPT (JSON or JSON lines), or ChatGPT's export (the zip or its conversations.json). What is here already is not added twice."),
   file, said);

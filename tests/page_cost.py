@@ -48,9 +48,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("frames", "engine"))
     args = parser.parse_args()
+    from browser import CHROMIUM_FLAGS, find_chromium
+    from playwright.sync_api import sync_playwright
+
     report: dict[str, Any] = {"machine": _machine()}
     if args.only != "engine":
-        report["frames"] = measure_frames()
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(CHROMIUM_FLAGS))
+            report["frames"] = measure_frames(browser)
+            browser.close()
         print(json.dumps(report["frames"]))
     if args.only != "frames":
         report["engine"] = measure_engine(args.rounds)
@@ -59,16 +65,14 @@ def main() -> int:
     return 0
 
 
-def measure_frames() -> dict[str, Any]:
-    """Frame times in milliseconds while an answer streams below a long conversation."""
-    from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+def measure_frames(browser: Any) -> dict[str, Any]:
+    """Frame times in milliseconds while an answer streams below a long conversation, in Playwright's `browser`."""
+    from browser import Page, running_server
     from fake_engine import PATTERN
-    from playwright.sync_api import sync_playwright
 
     pace_s = (1 + sum(PATTERN) / len(PATTERN)) / TOKENS_PER_SECOND
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as folder:
         conversation = _long_conversation(Path(folder))
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(CHROMIUM_FLAGS))
         with running_server(Path(folder), pace_s=pace_s, tree=TREE_NODES) as (url, _):
             page = Page(browser.new_page(viewport={"width": 1280, "height": 800}), url).open(f"?c={conversation}")
             page.page.wait_for_selector(f".message:nth-child({MESSAGES})")
@@ -78,7 +82,7 @@ def measure_frames() -> dict[str, Any]:
             page.page.evaluate(ANSWERED)
             frames = sorted(page.page.evaluate("window.frames_ms"))
             figures = page.figures()
-        browser.close()
+            page.page.close()
     return {
         "messages": MESSAGES,
         "tree_nodes": TREE_NODES,

@@ -132,7 +132,7 @@ def test_search_marks_words_and_opens_the_branch_that_holds_them(page: Page) -> 
 def test_files_go_out_and_come_back_without_doubles(page: Page, tmp_path: Path) -> None:
     page.page.click(".sidebar-foot button:has-text('Import and export')")
     with page.page.expect_download() as download:
-        page.page.get_by_role("button", name="Export as JSON").click()
+        page.page.get_by_role("button", name="Save as JSON").click()
     saved = tmp_path / "all.json"
     download.value.save_as(saved)
     assert len(json.loads(saved.read_text())["conversations"]) == len(AGES)
@@ -157,7 +157,7 @@ def test_one_or_all_conversations_are_exported(page: Page, tmp_path: Path, name:
         choose(page, "Fresh talk", f"Export as {name}")
     page.page.click(".sidebar-foot button:has-text('Import and export')")
     with page.page.expect_download() as all_of_them:
-        page.page.get_by_role("button", name=f"Export as {name}").click()
+        page.page.get_by_role("button", name=f"Save as {name}").click()
     texts = []
     for number, download in enumerate((one, all_of_them)):
         download.value.save_as(tmp_path / str(number))

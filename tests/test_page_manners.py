@@ -117,8 +117,8 @@ def test_page_at_rest_draws_nothing(chromium: Any, address: str) -> None:
     context.close()
 
 
-def test_streaming_keeps_frames_short() -> None:
-    frames = measure_frames()
+def test_streaming_keeps_frames_short(chromium: Any) -> None:
+    frames = measure_frames(chromium)
     assert frames["messages"] == 40 and "512 tokens" in frames["answer"] and frames["frames"] > 60
     assert frames["p95_ms"] < 50, frames
 
