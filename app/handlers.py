@@ -84,7 +84,8 @@ class Handlers:
             if answer.revision != seen:
                 seen = answer.revision
                 yield page_value({"live": live_view(answer)})
-            await asyncio.to_thread(answer.finished.wait, self._update_interval_s() if answer.text else UPDATE_INTERVAL_S)
+            pause_s = self._update_interval_s() if answer.text else UPDATE_INTERVAL_S  # the first words come at once
+            await asyncio.to_thread(answer.finished.wait, pause_s)
         titled = self._session.has_title_pending(conversation_id)
         yield await asyncio.to_thread(self._present, conversation_id, ended=not titled)
         if titled:

@@ -182,16 +182,15 @@ FOREIGN = {
                     "id": "a",
                     "parent": "root",
                     "children": ["b"],
-                    "message": {
-                        "author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hello"]}
-                    },
+                    "message": {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hello"]}},
                 },
                 "b": {
                     "id": "b",
                     "parent": "a",
                     "children": [],
                     "message": {
-                        "author": {"role": "assistant"}, "content": {"content_type": "text", "parts": ["Good day"]}
+                        "author": {"role": "assistant"},
+                        "content": {"content_type": "text", "parts": ["Good day"]},
                     },
                 },
             },

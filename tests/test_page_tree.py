@@ -55,8 +55,11 @@ def test_tokens_view_has_tints_ticks_and_words_for_each_step(page: Page) -> None
     )
     heads = row.locator(".tokens .step").nth(4).locator(".token").evaluate_all("all => all.map(t => t.dataset.head)")
     assert heads == ["1", "2", "3", None] and PATTERN[4] == 3
-    sizes = row.locator(".tokens .step").nth(4).locator(".drafted").evaluate_all(
-        "all => all.map(t => getComputedStyle(t).backgroundSize)"
+    sizes = (
+        row.locator(".tokens .step")
+        .nth(4)
+        .locator(".drafted")
+        .evaluate_all("all => all.map(t => getComputedStyle(t).backgroundSize)")
     )
     assert len(set(sizes)) == 3, "each head has its own number of ticks, so colour is not alone"
     row.locator(".tokens .step").nth(4).hover()
@@ -223,7 +226,9 @@ def test_gauges_show_speeds_depths_and_the_measured_curve(page: Page) -> None:
     texts = page.page.locator("#live .depth > :last-child").all_inner_texts()
     shares = [int(text.removesuffix(" %")) for text in texts]
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and shares[2] > 0
-    bars = page.page.locator("#live .recent path").evaluate_all("all => all.map(p => p.getAttribute('d').split('M').length - 1)")
+    bars = page.page.locator("#live .recent path").evaluate_all(
+        "all => all.map(p => p.getAttribute('d').split('M').length - 1)"
+    )
     recent = page.page.evaluate("import('/medusa/shared.js').then(m => m.shared.live.recent)")
     assert bars == [sum(count > 0 for count in recent), sum(count == 0 for count in recent)] and all(bars)
     page.page.wait_for_selector("#live .curve .chosen")
