@@ -24,6 +24,9 @@ class PageHead:
         held: list[Message] = []  # the start waits for the body, whose length it tells
 
         async def collect(message: Message) -> None:
+            if message["type"] not in ("http.response.start", "http.response.body"):
+                await send(message)
+                return
             held.append(message)
             if message["type"] == "http.response.body" and not message.get("more_body"):
                 for ready in self._with_html(held):

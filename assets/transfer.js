@@ -22,7 +22,10 @@ export function saveExport(format, conversation = "") {
 /** Show the dialog. */
 export function openTransfer() {
   const said = el("p", { role: "status" });
-  const file = el("input", { type: "file", id: "import-file", accept: ".json,.jsonl,.zip", onchange: () => load([...file.files], said) });
+  const file = el("input", { type: "file", id: "import-file", accept: ".json,.jsonl,.zip", onchange: () => {
+    load([...file.files], said);
+    file.value = ""; // so that the same file can be chosen again
+  } });
   const body = el("div", { class: "sheet",
     ondragover: (event) => event.preventDefault(),
     ondrop: (event) => {

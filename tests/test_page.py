@@ -15,7 +15,7 @@ FIGURES = re.compile(r"^\d+ tok/s · (\d\.\d) tok/step · (\d+) tokens?")
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_server(tmp_path_factory.mktemp("page data"), pace_s=0.01) as (url, _):
+    with running_server(tmp_path_factory.mktemp("page data"), pace_s=0.02) as (url, _):
         yield url
 
 
