@@ -19,7 +19,7 @@ from app.storage import ConversationNotFoundError, StorageError
 __all__ = ["Handlers"]
 
 UPDATE_INTERVAL_S = 0.1  # reading is smooth at ten updates a second
-# A browser that draws takes the processor that the answer is made on: some 15 ms an update (tests/page_cost.py).
+# A browser that draws takes the processor that the answer is made on; tests/page_cost.py measures how much of it.
 CPU_UPDATE_INTERVAL_S = 0.25
 TITLE_LIMIT_S = 60
 
