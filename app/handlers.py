@@ -18,7 +18,9 @@ from app.storage import ConversationNotFoundError, StorageError
 
 __all__ = ["Handlers"]
 
-UPDATE_INTERVAL_S = 0.1  # reading is smooth at ten updates a second, and the browser's drawing is the limit
+UPDATE_INTERVAL_S = 0.1  # reading is smooth at ten updates a second
+# A browser that draws takes the processor that the answer is made on; tests/page_cost.py measures how much of it.
+CPU_UPDATE_INTERVAL_S = 0.25
 TITLE_LIMIT_S = 60
 
 
@@ -82,11 +84,16 @@ class Handlers:
             if answer.revision != seen:
                 seen = answer.revision
                 yield page_value({"live": live_view(answer)})
-            await asyncio.sleep(UPDATE_INTERVAL_S)
+            pause_s = self._update_interval_s() if answer.text else UPDATE_INTERVAL_S  # the first words come at once
+            await asyncio.to_thread(answer.finished.wait, pause_s)
         titled = self._session.has_title_pending(conversation_id)
         yield await asyncio.to_thread(self._present, conversation_id, ended=not titled)
         if titled:
             yield await self._when_titled(conversation_id)
+
+    def _update_interval_s(self) -> float:
+        info = self._session.engine_state.info
+        return CPU_UPDATE_INTERVAL_S if info is not None and info.device == "cpu" else UPDATE_INTERVAL_S
 
     async def _when_titled(self, conversation_id: str) -> str:
         """The list with the title that the model gives after the first answer."""

@@ -32,13 +32,14 @@ from app.chat import ChatSession, LoadEngine  # noqa: E402
 from app.handlers import Handlers  # noqa: E402
 from app.local_only import LocalOnly  # noqa: E402
 from app.page_data import page_value  # noqa: E402
+from app.page_head import PageHead  # noqa: E402
 from app.race import race_events  # noqa: E402
 from app.routes import add_routes  # noqa: E402
 from app.single_instance import InstanceLock  # noqa: E402
 from app.status import engine_view  # noqa: E402
 from app.storage import ConversationStore, StorageError  # noqa: E402
 from app.trace import trace_json  # noqa: E402
-from app.ui import ASSETS, build_ui, page_options  # noqa: E402
+from app.ui import ASSETS, FIRST, build_ui, page_options  # noqa: E402
 from engine import Engine  # noqa: E402
 
 __all__ = ["build_app", "run_server", "serve"]
@@ -82,7 +83,8 @@ def run_server(
 def build_app(session: ChatSession) -> FastAPI:
     """The whole application as ASGI: the page at /, its files under /medusa, guarded against other sites."""
     app = FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(LocalOnly)
+    app.add_middleware(PageHead, html=FIRST)
+    app.add_middleware(LocalOnly)  # the outermost
     handlers = Handlers(session)
 
     async def follow(conversation: str) -> StreamingResponse:

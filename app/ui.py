@@ -11,11 +11,13 @@ import gradio as gr
 
 from app.handlers import Handlers
 
-__all__ = ["ASSETS", "build_ui", "page_options"]
+__all__ = ["ASSETS", "FIRST", "build_ui", "page_options"]
 
 ASSETS = Path(__file__).resolve().parent.parent / "assets"
 SYSTEM_FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "Noto Sans", "sans-serif")
 MONOSPACE_FONTS = ("ui-monospace", "SFMono-Regular", "Menlo", "Consolas", "DejaVu Sans Mono", "monospace")
+
+FIRST = '<script src="/medusa/loading.js"></script>'  # before any script of Gradio's
 
 HEAD = """
 <meta name="color-scheme" content="light dark">

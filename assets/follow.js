@@ -7,11 +7,12 @@ import { shared } from "./shared.js";
 
 const tabs = new BroadcastChannel("medusa-chat");
 let source = null;
+let pending = null; // what came since the last frame; drawn together, for a frame costs more than what is in it
 
 /** Look at the shown conversation's answer; a stream that was open before is left. */
 export function follow() {
   source?.close();
-  source = null;
+  source = pending = null;
   if (!shared.conversation || document.hidden) return;
   const conversation = shared.conversation;
   const opened = new EventSource(`/medusa/follow?conversation=${encodeURIComponent(conversation)}`);
@@ -19,8 +20,19 @@ export function follow() {
   opened.onmessage = (event) => {
     const value = JSON.parse(event.data);
     if (value.ended) opened.close();
-    if (source === opened && conversation === shared.conversation) tell(value);
+    if (source === opened) expect(value, conversation);
   };
+}
+
+function expect(value, conversation) {
+  if (!pending) {
+    requestAnimationFrame(() => {
+      const latest = pending;
+      pending = null;
+      if (latest && conversation === shared.conversation) tell(latest);
+    });
+  }
+  pending = { ...pending, ...value };
 }
 
 function tell(value) {

@@ -5,6 +5,8 @@ import { el, setText, svg } from "./dom.js";
 import { depthOf } from "./trace.js";
 
 const MAX_BARS = 48;
+const BAR_PX = 4; // and 2 between two
+const MOST = 5; // accepted drafts: the full height
 const SPEED_STEPS = 16;
 
 /** Build the gauges; `show(figures)` takes a live value or `figuresOf` a trace, `showTuning` the engine's tree choice. */
@@ -12,11 +14,11 @@ export function buildGauges() {
   const now = gauge("tokens/s now");
   const mean = gauge("tokens/s mean");
   const perStep = gauge("tokens a step");
-  const recent = el("div", { class: "recent", role: "img" });
+  const recent = buildRecent();
   const depths = el("div", { class: "depths" });
   const curve = el("section", { class: "curve", hidden: true });
   const guesses = el("div", {},
-    el("h3", {}, "Accepted drafts, step by step"), recent,
+    el("h3", {}, "Accepted drafts, step by step"), recent.node,
     el("h3", {}, "Accepted by depth"), depths);
   const node = el("div", {}, el("div", { class: "gauges" }, now.node, mean.node, perStep.node), guesses, curve);
   const show = (figures) => {
@@ -55,16 +57,24 @@ function gauge(unit) {
   return { number, node: el("p", { class: "gauge" }, number, el("span", {}, unit)) };
 }
 
-function showRecent(target, recent) {
-  while (target.children.length < MAX_BARS) target.prepend(el("i"));
-  const from = MAX_BARS - recent.length;
-  [...target.children].forEach((bar, index) => {
-    const accepted = index < from ? null : recent[index - from];
-    const level = accepted === null ? "none" : String(Math.min(accepted, 5));
-    if (bar.dataset.level !== level) bar.dataset.level = level;
+function buildRecent() {
+  const hits = svg("path", { class: "hits" });
+  const misses = svg("path", { class: "misses" });
+  const node = svg("svg", { class: "recent", role: "img", viewBox: `0 0 ${MAX_BARS * (BAR_PX + 2)} 40`, preserveAspectRatio: "none" }, hits, misses);
+  return { node, hits, misses };
+}
+
+/** A bar a step, the latest at the right: two paths, because 48 elements that change ten times a second are felt. */
+function showRecent({ node, hits, misses }, recent) {
+  const bars = { hits: "", misses: "" };
+  recent.forEach((accepted, index) => {
+    const x = (MAX_BARS - recent.length + index) * (BAR_PX + 2) + 1 + BAR_PX / 2;
+    bars[accepted ? "hits" : "misses"] += `M${x} 40v-${accepted ? 10 + (30 * Math.min(accepted, MOST)) / MOST : 2.5}`;
   });
+  hits.setAttribute("d", bars.hits);
+  misses.setAttribute("d", bars.misses);
   const mean = recent.reduce((sum, count) => sum + count, 0) / Math.max(1, recent.length);
-  target.setAttribute("aria-label", `The last ${recent.length} steps accepted ${mean.toFixed(1)} drafted tokens on average`);
+  node.setAttribute("aria-label", `The last ${recent.length} steps accepted ${mean.toFixed(1)} drafted tokens on average`);
 }
 
 function showDepths(target, shares) {

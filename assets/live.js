@@ -3,12 +3,12 @@
 
 import { el, setText } from "./dom.js";
 import { buildGauges, figuresOf } from "./gauges.js";
-import { shared } from "./shared.js";
+import { isOpen, shared } from "./shared.js";
 import { depthOf, pointAt, sentence, traceOf, visible } from "./trace.js";
 import { buildTransport } from "./transport.js";
 import { drawTree } from "./tree.js";
 
-const DRAW_MS = 100; // no more than 10 drawings a second while the answer runs
+const DRAW_MS = 90; // the server sends 10 values a second while the answer runs; what comes faster is not drawn
 
 /** Mount the panel; returns the function that takes each new value. */
 export function mountLive({ element }) {
@@ -16,6 +16,7 @@ export function mountLive({ element }) {
   element.replaceChildren(view.panel);
   shared.on("conversation", () => shared.live?.conversation !== shared.conversation && take(view, null));
   shared.on("step", (at) => at?.from !== "panel" && pointedAt(view, at));
+  shared.on("panel", (open) => open && take(view, view.value));
   shared.on("engine", (engine) => view.gauges.showTuning(engine.tuning));
   return (value) => {
     shared.live = value;
@@ -54,8 +55,8 @@ function buildPanel() {
       view.transport.step(by);
     }
   });
-  view.tree.addEventListener("pointerenter", () => named(view));
-  view.tree.addEventListener("pointerleave", () => named(view));
+  view.tree.addEventListener("pointerenter", () => draw(view));
+  view.tree.addEventListener("pointerleave", () => draw(view));
   fillIdle(view.idle);
   view.panel = el("section", { class: "live-panel", "aria-label": "Medusa at work" }, el("h2", {}, "Medusa at work"), view.idle, view.work);
   return view;
@@ -93,6 +94,7 @@ function take(view, value) {
   if (view.held || view.peek) return showTransport(view);
   const wait = isRunning(view) ? DRAW_MS - (performance.now() - view.drawnAt) : 0;
   clearTimeout(view.timer);
+  if (!isOpen("panel")) return; // it is drawn when it is opened
   if (wait > 0) view.timer = setTimeout(() => draw(view), wait);
   else draw(view);
 }
@@ -104,13 +106,13 @@ function draw(view) {
   view.work.hidden = !step;
   view.idle.hidden = Boolean(step);
   if (!step) return;
-  drawTree(view.tree, step);
+  const isNamed = named(view);
+  drawTree(view.tree, step, isNamed);
   const words = sentence(step);
   setText(view.caption, `${words[0].toUpperCase()}${words.slice(1)}${checked(step)}`);
   view.tree.setAttribute("aria-label", `Candidate tree. ${view.caption.textContent}`);
   showAdded(view.added, step);
   view.gauges.show(at ? figuresOf(at.trace, at.index) : view.value);
-  named(view);
   showTransport(view);
 }
 
@@ -119,10 +121,12 @@ function checked(step) {
   return nodes > depthOf(step.parents) ? `, ${nodes} verified at once` : "";
 }
 
-/** Labels are for reading: while steps fly by they rest, unless someone's pointer asks for them. */
+/** Whether labels are shown: they are for reading; while steps fly by they rest, unless a pointer asks for them. */
 function named(view) {
   const flies = !view.peek && (view.held ? view.replaying && !view.transport.slow() : isRunning(view));
-  view.tree.classList.toggle("is-quiet", flies && !view.tree.matches(":hover"));
+  const isQuiet = flies && !view.tree.matches(":hover");
+  view.tree.classList.toggle("is-quiet", isQuiet);
+  return !isQuiet;
 }
 
 function showTransport(view) {

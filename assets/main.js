@@ -23,6 +23,7 @@ const VIEWS = {
 
 /** Called by each gr.HTML once: build the view, then follow its value. */
 function mount(name, component) {
+  window.endLoading();
   const update = (shared.views[name] = VIEWS[name](component));
   const show = () => {
     const value = component.props.value ? JSON.parse(component.props.value) : null;

@@ -4,17 +4,20 @@
 import { copyText, el, iconButton } from "./dom.js";
 import { highlight } from "./highlight.js";
 import { formula } from "./math.js";
+import { morph } from "./morph.js";
 
-/** Keeps `target` showing `text`; blocks that did not change keep their nodes, so a growing answer costs its last block. */
+/** Keeps `target` showing `text`; what did not change keeps its nodes, so a growing answer costs the end of its last block. */
 export function renderMarkdown(target, text) {
   const blocks = splitBlocks(text.replace(/\r\n?/g, "\n").split("\n"));
   const old = target.blocks || [];
   let same = 0;
   while (same < blocks.length && same < old.length && old[same].key === blocks[same].key) same += 1;
-  for (const block of old.slice(same)) block.node.remove();
-  const added = blocks.slice(same).map((block) => ({ key: block.key, node: block.build() }));
-  target.append(...added.map((block) => block.node));
-  target.blocks = [...old.slice(0, same), ...added];
+  // The first block that differs is the one that grew; those behind it are new.
+  const grown = same < blocks.length ? old[same] : undefined;
+  for (const block of old.slice(grown ? same + 1 : same)) block.node.remove();
+  const shown = blocks.slice(same).map(({ key, build }, index) => (
+    { key, node: grown && index === 0 ? morph(grown.node, build()) : target.appendChild(build()) }));
+  target.blocks = [...old.slice(0, same), ...shown];
 }
 
 const FENCE = /^ {0,3}(`{3,}|~{3,})\s*([^`\s]*)[^`]*$/;
@@ -86,10 +89,11 @@ const isFenceEnd = (line, mark) => {
 
 function buildCode(code, language) {
   const name = language.toLowerCase().replace(/[^a-z0-9+#.-]/g, "").slice(0, 20);
-  const copy = iconButton("copy", "Copy code", () => copyText(code, copy));
+  const text = el("code", {}, ...highlight(code, name));
+  const copy = iconButton("copy", "Copy code", () => copyText(text.textContent, copy)); // the block may have grown
   return el("div", { class: "code-block" },
     el("div", { class: "code-head" }, el("span", {}, name || "code"), copy),
-    el("pre", { tabindex: "0", "aria-label": name ? `${name} code` : "code" }, el("code", {}, ...highlight(code, name))));
+    el("pre", { tabindex: "0", "aria-label": name ? `${name} code` : "code" }, text));
 }
 
 function buildHeading(line) {

@@ -2,6 +2,7 @@
 
 export const shared = {
   conversation: null, // id of the one shown; "" is the empty page, null is before the first answer of the server
+  thread: null, // the latest value of the thread
   wanted: "", // id that the next "select" asks for
   live: null, // the latest value of the live view
   views: {}, // by name: the function that shows a new value

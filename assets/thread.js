@@ -6,7 +6,7 @@ import { fillComposer } from "./drafts.js";
 import { followIfRunning } from "./follow.js";
 import { renderMarkdown } from "./markdown.js";
 import { addActions, showLeftOut, updateActions } from "./message_actions.js";
-import { shared } from "./shared.js";
+import { root, shared } from "./shared.js";
 
 const EXAMPLES = [
   ["Tell a story", "Write a long story about a dragon and a knight."],
@@ -23,9 +23,13 @@ export function mountThread({ element }) {
   const spoken = el("p", { class: "only-spoken", "aria-live": "polite" });
   const toEnd = iconButton("down", "Jump to the latest", () => scrollToEnd(scroller, true), { class: "icon-button to-end", hidden: true });
   element.replaceChildren(list, toEnd, spoken);
+  root.style.setProperty("--scrollbar", `${scroller.offsetWidth - scroller.clientWidth}px`);
   const view = { scroller, list, toEnd, spoken, rows: new Map(), follows: true, top: 0 };
   scroller.addEventListener("scroll", () => noteScroll(view), { passive: true });
-  new ResizeObserver(() => keepEnd(view)).observe(list); // formulas grow when they are set
+  // After the page's own layout: asking for heights while text is being put in would lay it out twice.
+  const sizes = new ResizeObserver(() => keepEnd(view));
+  sizes.observe(list);
+  sizes.observe(scroller);
   shared.on("live", (live) => showLive(view, live));
   shared.on("begun", (value) => {
     view.follows = true;
@@ -48,12 +52,19 @@ function showThread(view, value) {
   const last = value.messages.at(-1);
   if (last?.status === "running" && !view.rows.has(last.id)) view.follows = true; // what one has just asked for
   view.rows = rows;
-  view.list.replaceChildren(...[...rows.values()].map((row) => row.node));
+  showRows(view.list, [...rows.values()].map((row) => row.node));
   showEmptyPage(view, value.messages.length === 0);
+  shared.thread = value;
   shared.tell("thread", value);
   showLive(view, shared.live);
   if (switched) view.follows = value.messages.length > 0;
   if (!lookAt(view)) keepEnd(view);
+}
+
+/** Put the rows into the list; where they are there already, they are left alone, and with them what is selected. */
+function showRows(list, nodes) {
+  const isSame = nodes.length === list.children.length && nodes.every((node, index) => list.children[index] === node);
+  if (!isSame) list.replaceChildren(...nodes);
 }
 
 /** Bring the message that a search found into view, once. */
@@ -95,7 +106,7 @@ function buildRow(message) {
 }
 
 function updateRow(row, message) {
-  row.node.dataset.status = message.status;
+  if (row.node.dataset.status !== message.status) row.node.dataset.status = message.status;
   if (message.role === "user") {
     if (row.text !== message.content) row.body.textContent = row.text = message.content;
     return;
@@ -121,14 +132,15 @@ function showLive(view, live) {
   if (!row) return;
   updateRow(row, { role: "assistant", status: live.status, content: live.text, figures: live.figures, medusa: live.medusa, error: live.error });
   showLeftOut(row, live.left_out);
-  keepEnd(view);
 }
 
 function setRunning(view, running) {
-  const before = document.documentElement.dataset.running === "yes";
-  document.documentElement.dataset.running = running ? "yes" : "no";
+  const state = running ? "yes" : "no";
+  const before = root.dataset.running;
+  if (before === state) return;
+  root.dataset.running = state;
   // A screen reader hears the beginning and the end, not every word as it comes.
-  if (before !== running) setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
+  if (before || running) setText(view.spoken, running ? "The answer is being written." : "The answer has ended.");
 }
 
 function keepEnd(view) {
@@ -149,7 +161,7 @@ function noteScroll(view) {
   if (isAtEnd) view.follows = true;
   else if (top < view.top - 1) view.follows = false;
   view.top = top;
-  view.toEnd.hidden = view.follows;
+  if (view.toEnd.hidden !== view.follows) view.toEnd.hidden = view.follows;
 }
 
 function showEmptyPage(view, empty) {

@@ -20,8 +20,11 @@ export function mountTools({ element }) {
   });
   shared.on("size", () => showContext(meter, meter.shown));
   showName();
+  showContext(meter, shared.thread?.context); // it may have been shown before this was mounted
   return () => {};
 }
+
+const NUMBER = new Intl.NumberFormat("en");
 
 function buildMeter() {
   const fill = el("i");
@@ -38,9 +41,11 @@ function showContext(meter, context) {
   meter.node.hidden = !size;
   if (!size) return;
   const share = Math.min(1, used / size);
+  const text = `${NUMBER.format(used)} / ${NUMBER.format(size)}`;
+  if (meter.text.textContent === text) return;
+  meter.text.textContent = text;
   meter.fill.style.transform = `scaleX(${share})`;
   meter.node.classList.toggle("nearly", share > 0.85);
-  setText(meter.text, `${used.toLocaleString("en")} / ${size.toLocaleString("en")}`);
   meter.node.title = share > 0.85
     ? "Tokens of the conversation / of the model's context. It is nearly full: soon the oldest messages are left out of the prompt, and a line says so."
     : "Tokens of the conversation / of the model's context";

@@ -22,7 +22,10 @@ export function saveExport(format, conversation = "") {
 /** Show the dialog. */
 export function openTransfer() {
   const said = el("p", { role: "status" });
-  const file = el("input", { type: "file", id: "import-file", accept: ".json,.jsonl,.zip", onchange: () => load([...file.files], said) });
+  const file = el("input", { type: "file", id: "import-file", accept: ".json,.jsonl,.zip", onchange: () => {
+    load([...file.files], said);
+    file.value = ""; // so that the same file can be chosen again
+  } });
   const body = el("div", { class: "sheet",
     ondragover: (event) => event.preventDefault(),
     ondrop: (event) => {
@@ -32,7 +35,7 @@ export function openTransfer() {
   el("h3", {}, "Export all conversations"),
   el("ul", { class: "formats" }, ...FORMATS.map(([format, name, help]) => el("li", {},
     el("span", {}, el("strong", {}, name), el("span", { class: "help" }, help)),
-    el("button", { type: "button", class: "plain-button", "aria-label": `Export as ${name}`, onclick: () => saveExport(format) }, "Save")))),
+    el("button", { type: "button", class: "plain-button", "aria-label": `Save as ${name}`, onclick: () => saveExport(format) }, "Save")))),
   el("h3", {}, "Import"),
   el("label", { for: "import-file" }, "A file of this app (JSON), ShareGPT (JSON or JSON lines), or ChatGPT's export (the zip or its conversations.json). What is here already is not added twice."),
   file, said);

@@ -10,15 +10,34 @@ const HEAD_ROOM = 22; // for the names of the columns
 const MIN_COLUMN_PX = 52;
 const SMALL = 12; // nodes: up to here there is room for each one's probability
 
-/** Show `step` in `target`, reusing the drawing where the tree has the same shape and room as before. */
-export function drawTree(target, step) {
-  const width = target.clientWidth || 360;
+const widths = new WeakMap(); // by target, kept by an observer: to ask for it at each step would force a layout
+
+/**
+ * Show `step` in `target`, reusing the drawing where the tree has the same shape and room as before. Without `named`
+ * the labels keep what they say: nobody sees them while steps fly by, and texts are what a drawing costs most.
+ */
+export function drawTree(target, step, named = true) {
+  const width = widthOf(target);
+  target.shown = { step, named };
   const key = `${step.parents.join(",")}@${Math.round(width / 16)}`;
   if (target.drawing?.key !== key) {
     target.drawing = { key, ...build(step.parents, width) };
     target.replaceChildren(target.drawing.node);
   }
-  mark(target.drawing, step);
+  mark(target.drawing, step, named);
+}
+
+function widthOf(target) {
+  if (!widths.has(target)) {
+    widths.set(target, target.clientWidth);
+    new ResizeObserver(() => {
+      const width = target.clientWidth;
+      if (!width || width === widths.get(target)) return;
+      widths.set(target, width);
+      drawTree(target, target.shown.step, target.shown.named);
+    }).observe(target);
+  }
+  return widths.get(target) || 360;
 }
 
 /** Place nodes: x by depth, y by leaves in order, parents in the middle of their children. */
@@ -88,32 +107,37 @@ function curve(from, to) {
   return `M${from.x + RADIUS} ${from.y}H${turn}C${middle} ${from.y} ${middle} ${to.y} ${to.x - RADIUS} ${to.y}`;
 }
 
-function mark(drawing, step) {
+function mark(drawing, step, named) {
   const accepted = new Set(step.path);
   drawing.nodes.forEach((node, index) => {
     const kind = index === 0 ? "root" : accepted.has(index) ? "accepted" : "rejected";
     const probability = step.probabilities[index];
     setClass(node.group, `node ${kind}`);
-    label(node, step.labels[index], drawing.room);
-    setText(node.title, `${JSON.stringify(step.labels[index])}: ${kind === "root" ? "already in the text" : `${kind}, guessed with ${percent(probability)}`}`);
-    if (node.chance) setText(node.chance, kind === "root" ? "" : percent(probability));
+    if (named) name(node, step.labels[index], kind, probability, drawing.room);
     const opacity = kind === "rejected" ? (0.35 + 0.65 * Math.sqrt(probability)).toFixed(2) : "1";
     setStyle(node.dot, opacity);
     if (!drawing.edges[index]) return;
     setClass(drawing.edges[index], accepted.has(index) ? "edge accepted" : "edge");
     setStyle(drawing.edges[index], opacity);
   });
-  markOwn(drawing, step);
+  markOwn(drawing, step, named);
+}
+
+function name(node, text, kind, probability, room) {
+  label(node, text, room);
+  setText(node.title, `${JSON.stringify(text)}: ${kind === "root" ? "already in the text" : `${kind}, guessed with ${percent(probability)}`}`);
+  if (node.chance) setText(node.chance, kind === "root" ? "" : percent(probability));
 }
 
 /** The backbone's own token stands in the slot after the last accepted node. */
-function markOwn(drawing, step) {
+function markOwn(drawing, step, named) {
   const last = step.path[step.path.length - 1];
   const own = step.texts.length > step.accepted ? step.texts[step.accepted] : null;
   drawing.ways.forEach((way, node) => setClass(way, own !== null && node === last ? "way shown" : "way"));
   drawing.slots.forEach((slot, level) => {
     const shown = own !== null && level === step.path.length - 1;
     setClass(slot.group, shown ? "slot shown" : "slot");
+    if (!named) return;
     label(slot, shown ? own : "", drawing.room);
     setText(slot.title, shown ? `${JSON.stringify(own)}: the model's own next token` : "");
   });

@@ -3,7 +3,8 @@
 `python tests/page_cost.py --out engine/bench/results/page_cost.json`. Frames: a conversation of 40 messages, an
 answer at 200 tokens/s with trees of 64 nodes from the tests' stand-in for an engine, in headless Chromium. Engine: the
 bundled model answers alternately through `stream` alone, with the app's work around it (trace, stats, saving), and with
-a browser that looks. Needs Playwright and Chromium (CHROMIUM names one).
+a browser that looks; beside the speeds, the processor time that Chromium took for each second of an answer (Linux).
+Needs Playwright and Chromium (CHROMIUM names one).
 """
 
 import argparse
@@ -13,6 +14,7 @@ import platform
 import sys
 import tempfile
 import threading
+import time
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -27,6 +29,16 @@ FRAMES = """() => {
     const frame = (now) => { window.frames_ms.push(now - last); last = now; requestAnimationFrame(frame); };
     requestAnimationFrame((now) => { last = now; requestAnimationFrame(frame); });
 }"""
+# Waiting in the page for what changes: Playwright's own waiting asks at every frame, and so causes sixty a second.
+ANSWERED = """() => new Promise((done) => {
+    const root = document.documentElement;
+    let began = root.dataset.running === "yes";
+    new MutationObserver((_, observer) => {
+        if (root.dataset.running === "yes") began = true;
+        else if (began) { observer.disconnect(); done(); }
+    }).observe(root, {attributes: true, attributeFilter: ["data-running"]});
+})"""
+SETTLED_MS = 6000  # Gradio's picture of loading moves on for some seconds behind the page
 PROMPT = "Tell a long story about a dragon and a knight."
 
 
@@ -36,9 +48,15 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--only", choices=("frames", "engine"))
     args = parser.parse_args()
+    from browser import CHROMIUM_FLAGS, find_chromium
+    from playwright.sync_api import sync_playwright
+
     report: dict[str, Any] = {"machine": _machine()}
     if args.only != "engine":
-        report["frames"] = measure_frames()
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(CHROMIUM_FLAGS))
+            report["frames"] = measure_frames(browser)
+            browser.close()
         print(json.dumps(report["frames"]))
     if args.only != "frames":
         report["engine"] = measure_engine(args.rounds)
@@ -47,26 +65,24 @@ def main() -> int:
     return 0
 
 
-def measure_frames() -> dict[str, Any]:
-    """Frame times in milliseconds while an answer streams below a long conversation."""
-    from browser import CHROMIUM_FLAGS, Page, find_chromium, running_server
+def measure_frames(browser: Any) -> dict[str, Any]:
+    """Frame times in milliseconds while an answer streams below a long conversation, in Playwright's `browser`."""
+    from browser import Page, running_server
     from fake_engine import PATTERN
-    from playwright.sync_api import sync_playwright
 
     pace_s = (1 + sum(PATTERN) / len(PATTERN)) / TOKENS_PER_SECOND
-    with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
+    with tempfile.TemporaryDirectory() as folder:
         conversation = _long_conversation(Path(folder))
-        browser = playwright.chromium.launch(executable_path=find_chromium(), args=list(CHROMIUM_FLAGS))
         with running_server(Path(folder), pace_s=pace_s, tree=TREE_NODES) as (url, _):
             page = Page(browser.new_page(viewport={"width": 1280, "height": 800}), url).open(f"?c={conversation}")
             page.page.wait_for_selector(f".message:nth-child({MESSAGES})")
             page.send("Go on")
             page.wait_for_answer(20)
             page.page.evaluate(FRAMES)
-            page.wait_for_end(60)
+            page.page.evaluate(ANSWERED)
             frames = sorted(page.page.evaluate("window.frames_ms"))
             figures = page.figures()
-        browser.close()
+            page.page.close()
     return {
         "messages": MESSAGES,
         "tree_nodes": TREE_NODES,
@@ -104,8 +120,9 @@ def measure_engine(rounds: int) -> dict[str, Any]:
     from engine.bench.loading import load_engine
 
     engine = load_engine(device="cpu")
-    params = SamplingParams(max_tokens=200)
+    params = SamplingParams()  # the page's own: a longer answer is a slower one
     speeds: dict[str, list[float]] = {"alone": [], "app": [], "browser": []}
+    shares: list[float] = []
     with tempfile.TemporaryDirectory() as folder, _server_for(engine, Path(folder)) as (session, url):
         assert isinstance(session, ChatSession) and isinstance(session.store, ConversationStore)
         with sync_playwright() as playwright:
@@ -119,14 +136,46 @@ def measure_engine(rounds: int) -> dict[str, Any]:
                 page.goto(url)
                 page.wait_for_selector(".empty")
                 page.fill("#composer-text textarea", PROMPT)
+                page.wait_for_timeout(SETTLED_MS)
+                began, used = time.perf_counter(), _chromium_s()
                 page.keyboard.press("Enter")
-                page.wait_for_selector(".message.assistant[data-status='complete'] .figures:not(:empty)")
+                page.evaluate(ANSWERED)
+                shares.append(round((_chromium_s() - used) / (time.perf_counter() - began), 3))
                 speeds["browser"].append(_latest_speed(session))
                 page.close()
             browser.close()
     medians = {name: round(median(values), 1) for name, values in speeds.items()}
     costs = {name: round(1 - medians[name] / medians["alone"], 3) for name in ("app", "browser")}
-    return {"tokens_per_second": medians, "cost": costs, "rounds": rounds, "all": speeds}
+    return {
+        "tokens_per_second": medians,
+        "cost": costs,
+        "chromium_cores": round(median(shares), 3),
+        "rounds": rounds,
+        "all": {**speeds, "chromium_cores": shares},
+    }
+
+
+def _chromium_s() -> float:
+    """Processor seconds of all Chromium processes below this one so far; NaN where there is no /proc to read them."""
+    if not Path("/proc/self/stat").exists():
+        return float("nan")
+    parents, seconds = {}, {}
+    for entry in Path("/proc").glob("[0-9]*"):
+        try:
+            name, fields = (entry / "stat").read_text().rsplit(")", 1)
+        except OSError:  # ended meanwhile
+            continue
+        values = fields.split()
+        parents[int(entry.name)] = int(values[1])
+        if "chrom" in name:
+            seconds[int(entry.name)] = (int(values[11]) + int(values[12])) / os.sysconf("SC_CLK_TCK")
+    return sum(spent for process, spent in seconds.items() if _is_below(process, parents))
+
+
+def _is_below(process: int, parents: dict[int, int]) -> bool:
+    while process in parents and process != os.getpid():
+        process = parents[process]
+    return process == os.getpid()
 
 
 def _answer(session: Any, params: Any) -> float:

@@ -7,15 +7,19 @@ bundled model for `"engine": "real"`.
 import json
 import os
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 sys.path[:0] = [str(Path(__file__).resolve().parent.parent), str(Path(__file__).resolve().parent)]
 
-from fake_engine import INFO, REPLY, FakeEngine, large_shape, loader  # noqa: E402
+from fake_engine import INFO, REPLY, FakeEngine, large_shape  # noqa: E402
 
+from app.chat import LoadEngine  # noqa: E402
 from app.server import run_server, serve  # noqa: E402
+from engine import EngineError  # noqa: E402
 
 
 def main(options: dict[str, Any]) -> int:
@@ -34,7 +38,21 @@ def main(options: dict[str, Any]) -> int:
         reply=reply, pace_s=options.get("pace_s", 0.01), info=info, fail_after=options.get("fail_after"), shape=shape
     )
     titles = options.get("titles", False)
-    return run_server(loader(engine), port=port, data_dir=data_dir, open_browser=False, titles=titles)
+    load = _loading(engine, options.get("load_s", 0), options.get("load_error", ""))
+    return run_server(load, port=port, data_dir=data_dir, open_browser=False, titles=titles)
+
+
+def _loading(engine: FakeEngine, load_s: float, error: str) -> LoadEngine:
+    """A loader that takes its time, or fails with `error`."""
+
+    def load(progress: Callable[[str], None]) -> FakeEngine:
+        progress("Reading Fake-135M")
+        threading.Event().wait(load_s)
+        if error:
+            raise EngineError(error)
+        return engine
+
+    return load
 
 
 if __name__ == "__main__":

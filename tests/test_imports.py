@@ -50,7 +50,7 @@ LAYERS = [
     {"storage", "tree_view"},
     {"database"},
     {"records"},
-    {"migrations", "local_only", "single_instance"},
+    {"migrations", "local_only", "page_head", "single_instance"},
 ]
 
 

@@ -15,7 +15,7 @@ FIGURES = re.compile(r"^\d+ tok/s · (\d\.\d) tok/step · (\d+) tokens?")
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_server(tmp_path_factory.mktemp("page data"), pace_s=0.01) as (url, _):
+    with running_server(tmp_path_factory.mktemp("page data"), pace_s=0.02) as (url, _):
         yield url
 
 
@@ -72,6 +72,21 @@ def test_reload_and_second_tab_follow_a_running_answer_that_only_stop_ends(page:
     tab.wait_for_answer(len(kept))
     assert tab.answer() == kept and tab.figures().endswith("stopped")
     tab.assert_local_and_quiet()
+
+
+def test_answer_goes_on_after_the_browser_was_closed(chromium: Any, address: str) -> None:
+    first = chromium.new_context()
+    page = Page(first.new_page(), address).open()
+    page.send("One that nobody waits for")
+    seen = page.wait_for_answer(30)
+    shown = page.page.url.removeprefix(address)
+    first.close()
+    later = chromium.new_context()
+    again = Page(later.new_page(), address).open(shown)
+    again.wait_for_end()
+    assert again.answer().startswith(seen[:30]) and len(again.answer()) > len(seen)
+    assert again.figures().endswith("512 tokens · cut at the length limit"), "nothing ended it before its time"
+    later.close()
 
 
 def test_switching_while_streaming_mixes_nothing_up(page: Page) -> None:
@@ -148,7 +163,7 @@ def test_unknown_conversation_says_so(page: Page) -> None:
     assert page.answer() == "still works"
 
 
-@pytest.mark.parametrize("width", [390, 1280, 1920])
+@pytest.mark.parametrize("width", [390, 1280, 1920, 2560])
 def test_page_fits_its_window_and_parts_have_names(chromium: Any, address: str, width: int) -> None:
     context = chromium.new_context(viewport={"width": width, "height": 844}, color_scheme="dark")
     page = Page(context.new_page(), address).open()
@@ -171,6 +186,29 @@ def test_missing_heads_and_failures_are_told_where_one_looks(chromium: Any, tmp_
         page.send("Why?")
         page.page.wait_for_selector(".answer-error:has-text('The engine failed unexpectedly')")
         assert page.answer() != ""
+
+
+def test_loading_is_told_and_a_message_sent_meanwhile_is_answered(chromium: Any, tmp_path: Path) -> None:
+    with running_server(tmp_path, load_s=4) as (url, _):
+        page = Page(chromium.new_page(), url).open()
+        page.page.wait_for_selector("#status .facts:has-text('Reading Fake-135M…')")
+        page.send("echo:sent before the model was there")
+        page.page.wait_for_selector(".message.assistant[data-status='waiting']")
+        page.wait_for_end()
+        assert page.answer() == "sent before the model was there"
+        page.page.wait_for_selector(".facts .model:text-is('Fake-135M')")
+        page.assert_local_and_quiet()
+        page.page.context.close()
+
+
+def test_model_that_does_not_load_is_told_with_its_remedy(chromium: Any, tmp_path: Path) -> None:
+    sentence = "The file model.gguf is damaged; run launcher.py --repair."
+    with running_server(tmp_path, load_error=sentence) as (url, _):
+        page = Page(chromium.new_page(), url).open()
+        page.page.wait_for_selector(f".badge.bad:has-text('The model did not load. {sentence}')")
+        page.send("Anybody there?")
+        page.page.wait_for_selector(f".answer-error:has-text('{sentence}')")
+        page.page.context.close()
 
 
 def test_stale_tab_goes_on_after_a_restart(chromium: Any, tmp_path: Path) -> None:

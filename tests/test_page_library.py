@@ -132,7 +132,7 @@ def test_search_marks_words_and_opens_the_branch_that_holds_them(page: Page) -> 
 def test_files_go_out_and_come_back_without_doubles(page: Page, tmp_path: Path) -> None:
     page.page.click(".sidebar-foot button:has-text('Import and export')")
     with page.page.expect_download() as download:
-        page.page.get_by_role("button", name="Export as JSON").click()
+        page.page.get_by_role("button", name="Save as JSON").click()
     saved = tmp_path / "all.json"
     download.value.save_as(saved)
     assert len(json.loads(saved.read_text())["conversations"]) == len(AGES)
@@ -149,6 +149,69 @@ def test_files_go_out_and_come_back_without_doubles(page: Page, tmp_path: Path) 
     page.page.keyboard.press("Escape")
     choose(page, "Fresh talk", "Export as Markdown")
     assert [error for error in page.errors if "400" not in error] == []
+
+
+@pytest.mark.parametrize("name", ["JSON", "Markdown", "ShareGPT"])
+def test_one_or_all_conversations_are_exported(page: Page, tmp_path: Path, name: str) -> None:
+    with page.page.expect_download() as one:
+        choose(page, "Fresh talk", f"Export as {name}")
+    page.page.click(".sidebar-foot button:has-text('Import and export')")
+    with page.page.expect_download() as all_of_them:
+        page.page.get_by_role("button", name=f"Save as {name}").click()
+    texts = []
+    for number, download in enumerate((one, all_of_them)):
+        download.value.save_as(tmp_path / str(number))
+        texts.append((tmp_path / str(number)).read_text(encoding="utf-8", errors="replace"))
+    assert "Question of Fresh talk" in texts[0] and "Question of Long ago" not in texts[0]
+    if name != "Markdown":  # all as Markdown is a zip, a file each
+        assert all(f"Question of {title}" in texts[1] for title in AGES)
+    assert one.value.suggested_filename != all_of_them.value.suggested_filename
+    page.assert_local_and_quiet()
+
+
+FOREIGN = {
+    "sharegpt.json": [{"conversations": [{"from": "human", "value": "Hello"}, {"from": "gpt", "value": "Good day"}]}],
+    "conversations.json": [
+        {
+            "title": "Hello",
+            "create_time": 1700000000.0,
+            "current_node": "b",
+            "mapping": {
+                "root": {"id": "root", "message": None, "parent": None, "children": ["a"]},
+                "a": {
+                    "id": "a",
+                    "parent": "root",
+                    "children": ["b"],
+                    "message": {"author": {"role": "user"}, "content": {"content_type": "text", "parts": ["Hello"]}},
+                },
+                "b": {
+                    "id": "b",
+                    "parent": "a",
+                    "children": [],
+                    "message": {
+                        "author": {"role": "assistant"},
+                        "content": {"content_type": "text", "parts": ["Good day"]},
+                    },
+                },
+            },
+        }
+    ],
+}
+
+
+@pytest.mark.parametrize("name", FOREIGN)
+def test_files_of_other_programs_come_in_once(page: Page, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text(json.dumps(FOREIGN[name]))
+    page.page.click(".sidebar-foot button:has-text('Import and export')")
+    for said in ("1 conversation imported", "1 conversation already here (0 new messages)"):
+        page.page.set_input_files("#import-file", tmp_path / name)
+        page.page.wait_for_selector(f".sheet [role=status]:has-text('{said}')")
+    page.page.keyboard.press("Escape")
+    page.page.wait_for_selector(".conversation:text-is('Hello')")
+    assert sorted(titles(page)) == sorted(["Hello", *AGES]), "once"
+    page.page.click(".conversation:text-is('Hello')")
+    page.page.wait_for_selector(".message.assistant .body:has-text('Good day')")
+    page.assert_local_and_quiet()
 
 
 def test_list_is_a_drawer_on_a_phone(chromium: Any, tmp_path: Path) -> None:

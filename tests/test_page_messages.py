@@ -158,6 +158,32 @@ def test_copies_are_the_source(page: Page) -> None:
     page.page.wait_for_function("navigator.clipboard.readText().then(text => text === 'x = 1')")
 
 
+def test_growing_text_keeps_its_nodes_and_what_is_selected_in_it(page: Page) -> None:
+    page.send("echo:" + " ".join(f"word{number} *soft{number}*" for number in range(200)))
+    page.wait_for_answer(60)
+    page.page.evaluate(
+        """() => {
+            window.paragraph = document.querySelector(".message.assistant .body p");
+            getSelection().setBaseAndExtent(paragraph.firstChild, 0, paragraph.childNodes[2], 4);
+        }"""
+    )
+    selected = page.page.evaluate("getSelection().toString()")
+    page.wait_for_end()
+    assert page.page.evaluate("paragraph.isConnected && getSelection().toString()") == selected != ""
+    assert page.answer() == " ".join(f"word{number} soft{number}" for number in range(200))
+    assert page.page.locator(".message.assistant .body em").count() == 200
+
+
+def test_text_that_grew_is_the_same_as_text_that_came_at_once(page: Page) -> None:
+    page.send("Tell me about dragons")  # lists, code and emphasis, over and over
+    page.wait_for_end()
+    body = page.page.locator(".message.assistant .body")
+    grown = body.inner_html()
+    page.page.reload()
+    page.wait_for_answer(len("Dragons keep"))
+    assert body.inner_html() == grown
+
+
 def test_code_is_coloured_and_formulas_are_set_by_what_is_bundled(page: Page) -> None:
     page.send(
         "echo:Inline $a^2$ and \\(b^2\\), not $5 or $6.\n\n$$\n\\frac{1}{2}\n$$\n\nand \\[ c^2 \\]\n\n"

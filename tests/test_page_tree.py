@@ -19,7 +19,7 @@ LABEL_BOXES = """all => all.filter(t => t.textContent && getComputedStyle(t).vis
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    with running_server(tmp_path_factory.mktemp("tree data"), pace_s=0.005) as (url, _):
+    with running_server(tmp_path_factory.mktemp("tree data"), pace_s=0.015) as (url, _):
         yield url
 
 
@@ -55,8 +55,11 @@ def test_tokens_view_has_tints_ticks_and_words_for_each_step(page: Page) -> None
     )
     heads = row.locator(".tokens .step").nth(4).locator(".token").evaluate_all("all => all.map(t => t.dataset.head)")
     assert heads == ["1", "2", "3", None] and PATTERN[4] == 3
-    sizes = row.locator(".tokens .step").nth(4).locator(".drafted").evaluate_all(
-        "all => all.map(t => getComputedStyle(t).backgroundSize)"
+    sizes = (
+        row.locator(".tokens .step")
+        .nth(4)
+        .locator(".drafted")
+        .evaluate_all("all => all.map(t => getComputedStyle(t).backgroundSize)")
     )
     assert len(set(sizes)) == 3, "each head has its own number of ticks, so colour is not alone"
     row.locator(".tokens .step").nth(4).hover()
@@ -165,6 +168,46 @@ def test_small_and_large_trees_are_legible_at_1280(chromium: Any, tmp_path: Path
         assert page.page.locator("#live .tree-scroll .way.shown").count() == 1
 
 
+def test_accepted_is_solid_rejected_is_hollow_and_paler_the_less_likely(page: Page) -> None:
+    answered(page, 60)
+    page.page.get_by_role("slider", name="Step").fill("5")
+    page.page.wait_for_selector("#live .edge.accepted", state="attached")
+    looks = page.page.locator("#live .tree-scroll .node circle").evaluate_all(
+        """all => all.map(c => {
+            const look = getComputedStyle(c);
+            return [c.parentNode.classList[1], look.fill === look.stroke, Number(look.opacity)];
+        })"""
+    )
+    assert all(filled is (kind != "rejected") for kind, filled, _ in looks if kind != "root")
+    assert {opacity for kind, _, opacity in looks if kind == "accepted"} == {1}
+    step = page.page.evaluate("document.querySelector('#live .tree-scroll').shown.step")
+    paler = sorted((step["probabilities"][node], looks[node][2]) for node in range(9) if looks[node][0] == "rejected")
+    assert [opacity for _, opacity in paler] == sorted(opacity for _, opacity in paler) and paler[0][1] < paler[-1][1]
+    widths = page.page.locator("#live .edge").evaluate_all(
+        "all => all.map(e => [e.classList.contains('accepted'), parseFloat(getComputedStyle(e).strokeWidth)])"
+    )
+    assert min(width for kept, width in widths if kept) > max(width for kept, width in widths if not kept)
+    texts = page.page.locator("#live .tree-scroll .node .label").all_text_contents()
+    assert texts[0] == step["labels"][0].strip() and all(texts)
+
+
+def test_labels_say_the_shown_step_when_they_come_back(page: Page) -> None:
+    page.send("A story that goes on")
+    page.page.wait_for_selector("#live .tree-scroll.is-quiet")
+    page.wait_for_end()
+    page.page.wait_for_selector("#live .tree-scroll:not(.is-quiet)")
+    shown = page.page.evaluate("document.querySelector('#live .tree-scroll').shown.step.labels.map(l => l.trim())")
+    texts = page.page.locator("#live .tree-scroll .node .label").all_text_contents()
+    pairs = [(label, text.rstrip("…")) for label, text in zip(shown, texts, strict=True) if label.isalnum()]
+    assert len(pairs) > 4 and all(text and label.startswith(text) for label, text in pairs)
+
+
+def test_replay_goes_from_a_quarter_to_full_speed(page: Page) -> None:
+    answered(page, 30)
+    speeds = page.page.get_by_label("Speed of the replay").locator("option").all_inner_texts()
+    assert speeds[:3] == ["1×", "½×", "¼×"]
+
+
 def test_tree_scrolls_on_a_phone(chromium: Any, tmp_path: Path) -> None:
     with running_server(tmp_path, pace_s=0.001, tree=64) as (url, _):
         page = Page(chromium.new_page(viewport={"width": 390, "height": 844}), url).open()
@@ -183,6 +226,11 @@ def test_gauges_show_speeds_depths_and_the_measured_curve(page: Page) -> None:
     texts = page.page.locator("#live .depth > :last-child").all_inner_texts()
     shares = [int(text.removesuffix(" %")) for text in texts]
     assert len(shares) == 3 and shares == sorted(shares, reverse=True) and shares[2] > 0
+    bars = page.page.locator("#live .recent path").evaluate_all(
+        "all => all.map(p => p.getAttribute('d').split('M').length - 1)"
+    )
+    recent = page.page.evaluate("import('/medusa/shared.js').then(m => m.shared.live.recent)")
+    assert bars == [sum(count > 0 for count in recent), sum(count == 0 for count in recent)] and all(bars)
     page.page.wait_for_selector("#live .curve .chosen")
     assert page.page.locator("#live .curve .point").count() == len(MEASURED["nodes"])
     assert page.page.locator("#live .chosen-name").text_content() == "8 · 9.1 ms"
@@ -197,13 +245,28 @@ def test_a_head_that_never_hits_shows_zero(page: Page) -> None:
 
 
 def test_status_line_says_what_medusa_gains_here(page: Page) -> None:
-    page.page.wait_for_selector(".badge[title='3 heads draft']:has-text('Medusa')")
+    page.page.wait_for_selector(".badge[title='3 heads draft']:has-text('Medusa on')")
+    assert page.page.locator(".facts .fact").all_inner_texts() == ["Fake-135M", "CPU · 129 MB · 4-bit"]
     for _ in range(2):
         answered(page, 120)
     page.page.click("#medusa-switch input")
+    page.page.wait_for_selector(".badge:has-text('Medusa off')")
     for _ in range(2):
         answered(page, 120)
     page.page.wait_for_selector(".badge:has-text('faster, measured here')")
+    page.page.click(".new-chat")
+    page.page.wait_for_selector(".badge:has-text('Medusa on')")
     gain = page.page.evaluate("fetch('/medusa/engine').then(r => r.json())")["measured"]
     assert json.dumps(gain["gain"]) and gain["gain"] > 1.5
     assert f"×{gain['gain']:.1f} faster, measured here" in page.page.locator(".facts").inner_text()
+
+
+def test_status_line_says_that_medusa_is_slower_here(page: Page) -> None:
+    def slower(route: Any) -> None:
+        view = route.fetch().json()
+        view["measured"] = {"gain": 0.82, "medusa": 82, "plain": 100, "answers": [3, 4]}
+        route.fulfill(json=view)
+
+    page.page.route("**/medusa/engine", slower)
+    page.open()
+    page.page.wait_for_selector(".badge.warn:has-text('×0.82: slower, measured here')")

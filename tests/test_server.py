@@ -207,3 +207,11 @@ def test_signal_ends_it_cleanly(tmp_path: Path, number: signal.Signals) -> None:
         assert process.wait(20) == 0
     assert sqlite3.connect(tmp_path / "conversations.db").execute("PRAGMA integrity_check").fetchone() == ("ok",)
     assert InstanceLock(tmp_path).acquire()
+
+
+def test_page_begins_with_what_must_run_before_gradio(client: TestClient) -> None:
+    answer = client.get("/")
+    page = answer.text
+    assert page.index("/medusa/loading.js") < page.index("<meta") < page.index("</head>")
+    assert int(answer.headers["content-length"]) == len(answer.content)
+    assert "/medusa/loading.js" not in client.get("/config").text
