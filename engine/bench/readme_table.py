@@ -133,6 +133,20 @@ def identity(report: Report) -> Iterator[Row]:
     yield Row(what, figure, where, "python -m engine.bench.identity --out")
 
 
+def page(report: Report) -> Iterator[Row]:
+    """Rows of what the page costs; that file keeps no date."""
+    where, command, frames = report["machine"]["cpu"], "python tests/page_cost.py --out", report["frames"]
+    speed = frames["answer"].split()[0]
+    what = f"frames while an answer of {speed} tokens/s streams into {frames['messages']} messages beside a tree of "
+    what += f"{frames['tree_nodes']} nodes, 50th / 95th percentile"
+    yield Row(what, f"{frames['p50_ms']:.1f} / {frames['p95_ms']:.1f} ms", where, command)
+    speeds = report["engine"]["tokens_per_second"]
+    what = "the engine alone / in the app / with headless Chromium painting on the same two cores "
+    what += f"({report['engine']['chromium_cores']:.2f} of them)"
+    figure = " / ".join(f"{speeds[name]:.0f}" for name in ("alone", "app", "browser"))
+    yield Row(what, f"{figure} tokens/s", where, command)
+
+
 READERS: tuple[tuple[str, Callable[[Report], Iterator[Row]]], ...] = (
     ("bench_cpu*.json", bench),
     ("bench_cuda*.json", bench_of_others),
@@ -140,6 +154,7 @@ READERS: tuple[tuple[str, Callable[[Report], Iterator[Row]]], ...] = (
     ("gpu_engine*.json", gpu_engine),
     ("gpu_kernels*.json", kernels),
     ("train_heads*.json", heads),
+    ("page_cost*.json", page),
 )
 
 
