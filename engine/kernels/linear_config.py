@@ -33,7 +33,7 @@ class Decode:
 
 @dataclass(frozen=True)
 class LinearConfig:
-    """How the work is cut: but for `wgmma`, none of it changes a result's bits.
+    """How the work is cut: none of it changes a result's bits, `wgmma` where the tensor cores' two instructions agree.
 
     A warp takes `row_tiles` x 16 rows and one of the eight slices of K; `depth` blocks of 64 k are in flight. With
     `resident` (for few input features) all weights of a warp, which takes 8 / `slice_warps` slices, are in flight and
