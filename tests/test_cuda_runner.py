@@ -107,7 +107,8 @@ class Oracle:
         self.runner.memory.tokens[: plan.num_nodes] = torch.where(right, self.text[here], (self.text[here] + 1) % 96)
 
 
-def decode(loop: DecodeLoop | CapturedLoop, tree: CandidateTree, count: int = 16) -> tuple[list[int], list[int]]:
+def decode(loop: DecodeLoop | CapturedLoop, tree: CandidateTree, count: int = 0) -> tuple[list[int], list[int]]:
+    count = count or (9 if loop._runner.device == "cpu" else 16)  # emulated steps take long
     loop._runner.truncate(0)
     tokens, accepted = [loop.prefill(PROMPT)], []
     for step in loop.steps(tree):
@@ -127,11 +128,11 @@ def test_any_tree_gives_plain_decodings_tokens(weights: BackboneWeights, device:
     runner = make_runner(weights, device, quantize)
     plain, accepted = decode(CapturedLoop(runner, None), PLAIN)
     assert set(accepted) == {0}
-    rows = committed(runner, len(PROMPT) + 10)
+    rows = committed(runner, len(PROMPT) + 6)
     drafter = CudaDrafter(random_heads(), runner, weights.lm_head)
     for tree in TREES:
         assert decode(CapturedLoop(runner, drafter), tree)[0] == plain
-        assert all(torch.equal(*pair) for pair in zip(committed(runner, len(PROMPT) + 10), rows, strict=True))
+        assert all(torch.equal(*pair) for pair in zip(committed(runner, len(PROMPT) + 6), rows, strict=True))
     assert runner.graphs.failure == ""
 
 
@@ -206,8 +207,9 @@ def test_typical_acceptance_is_the_same_in_a_captured_step(
 ) -> None:
     params = SamplingParams(acceptance="typical", temperature=temperature, top_k=30, epsilon=0.02)
     drafter = CudaDrafter(random_heads(), runner, weights.lm_head)
-    apart = decode(DecodeLoop(runner, drafter, params, 7), TREES[2], 40)
-    assert decode(CapturedLoop(runner, drafter, params, 7), TREES[2], 40) == apart
+    count = 24 if runner.device == "cpu" else 40
+    apart = decode(DecodeLoop(runner, drafter, params, 7), TREES[2], count)
+    assert decode(CapturedLoop(runner, drafter, params, 7), TREES[2], count) == apart
     assert sum(apart[1]) > 0
 
 
@@ -296,7 +298,7 @@ def test_the_cache_grows_and_the_text_stays(weights: BackboneWeights, device: st
     runner.truncate(0)
     tokens = [CapturedLoop(runner, None).prefill(PROMPT)]
     before = runner.memory_bytes()
-    while len(tokens) < 16:
+    while len(tokens) < len(plain):
         if len(tokens) == 4:
             runner.memory.capacity, full = 700, runner.memory.capacity
             runner.memory.cache_keys = runner.memory.cache_keys[:, :, :700].contiguous()
