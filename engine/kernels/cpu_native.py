@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from ctypes import Array, c_char_p, c_int, c_int32, c_size_t, c_void_p
 from functools import cache, cached_property
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "Signatures",
     "declare",
     "default_threads",
+    "int32s",
     "load_library",
     "pointer",
     "release_with",
@@ -85,6 +86,12 @@ def pointer(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
     return tensor.data_ptr()
 
 
+def int32s(values: Sequence[int]) -> Array[c_int32]:
+    """Return a few integers as C reads them. A decode step finds its caches swept by the weights, and each torch call
+    costs it microseconds there; this costs less than one."""
+    return (c_int32 * len(values))(*values)
+
+
 def release_with(owner: object, release: Callable[[int], None], handle: int) -> None:
     """Free a handle when its owner goes; not at exit, where a thread may still be inside the kernels."""
     weakref.finalize(owner, release, handle).atexit = False
@@ -115,7 +122,7 @@ class NativeThreads:
             raise CpuKernelsUnavailableError(f"{self.count} threads cannot be started; 1 to 64 are possible.")
         release_with(self, self.library.threads_free, self.handle)
         self.lock = threading.Lock()  # one call at a time: they share the work memory
-        self._work = torch.empty(0, dtype=torch.uint8)
+        self._work, self._work_for = torch.empty(0, dtype=torch.uint8), {}  # type: Tensor, dict[int, int]
 
     @cached_property
     def path_name(self) -> str:
@@ -124,10 +131,13 @@ class NativeThreads:
 
     def work(self, inputs: int) -> int:
         """Return the address of work memory for a linear over `inputs`, to use while holding the lock."""
-        needed = self.library.linear_work(inputs) + 64
-        if self._work.numel() < needed:
-            self._work = torch.empty(needed, dtype=torch.uint8)
-        return (self._work.data_ptr() + 63) // 64 * 64
+        if inputs not in self._work_for:
+            needed = self.library.linear_work(inputs) + 64
+            if self._work.numel() < needed:
+                self._work = torch.empty(needed, dtype=torch.uint8)
+                self._work_for.clear()
+            self._work_for[inputs] = (self._work.data_ptr() + 63) // 64 * 64
+        return self._work_for[inputs]
 
     def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest of each row of float32 [rows, n] and their indices, the lower first among equals."""
