@@ -111,18 +111,18 @@ class NativeRunner:
             self.commit(range(len(piece)))
         return hidden[-1].clone()
 
-    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
         if len(tokens) != tree.num_nodes:
             raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
         if tree.parents not in self._parents:
             self._parents[tree.parents] = int32s(tree.parents)
-        return self._step(tokens.tolist(), self._parents[tree.parents], tree.max_depth)
+        return self._step(tokens, self._parents[tree.parents], tree.max_depth)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
 
-    def greedy(self, hidden: Tensor) -> Tensor:
-        """Return each row's most likely token, the lowest id among equals: [rows, hidden] -> int64 [rows]."""
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """Return each row's most likely token, the lowest id among equals, for hidden states [rows, hidden]."""
         return self.lm_head.argmax(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:

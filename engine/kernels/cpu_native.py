@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from ctypes import Array, c_char_p, c_int, c_int32, c_size_t, c_void_p
+from ctypes import Array, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache, cached_property
 
 import torch
@@ -81,7 +81,7 @@ def pointer(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
     """Return the address of a contiguous CPU tensor, once it is what C was promised."""
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"Expected {dtype} of shape {tuple(shape)}, got {tensor.dtype} of {tuple(tensor.shape)}.")
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(f"Expected a contiguous CPU tensor, got strides {tensor.stride()} on {tensor.device}.")
     return tensor.data_ptr()
 
@@ -206,34 +206,22 @@ class NativeLinear(nn.Module):
         return cls(threads, NativeMatrix(NativeArena([packed]), packed))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self._rows(x)
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         out = torch.empty(len(rows), self.matrix.shape[0])
-        self._call("linear_run", rows, out)
+        self._call(self.threads.library.linear_run, rows, out.data_ptr())
         return out.view(*x.shape[:-1], -1)
 
-    def argmax(self, x: Tensor) -> Tensor:
-        """Return each row's largest output, the lowest index among equals: [rows, k] -> int64 [rows]."""
-        rows = self._rows(x)
-        best = torch.empty(len(rows), dtype=torch.int64)
-        self._call("linear_argmax", rows, best)
-        return best
+    def argmax(self, x: Tensor) -> list[int]:
+        """Return each row's largest output, the lowest index among equals, for contiguous float32 [rows, k]."""
+        best = (c_int64 * len(x))()
+        self._call(self.threads.library.linear_argmax, x, best)
+        return best[:]
 
-    def _call(self, function: str, rows: Tensor, out: Tensor) -> None:
-        threads = self.threads
+    def _call(self, function: Callable[..., None], rows: Tensor, out: object) -> None:
+        threads, count, inputs = self.threads, len(rows), self.matrix.shape[1]
+        address = pointer(rows, torch.float32, (count, inputs))
         with threads.lock:
-            getattr(threads.library, function)(
-                threads.handle,
-                self.matrix.handle,
-                rows.data_ptr(),
-                len(rows),
-                out.data_ptr(),
-                threads.work(self.matrix.shape[1]),
-            )
-
-    def _rows(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        pointer(rows, torch.float32, (len(rows), self.matrix.shape[1]))
-        return rows
+            function(threads.handle, self.matrix.handle, address, count, out, threads.work(inputs))
 
 
 def to_q8(weight: DenseWeight) -> Q8Symmetric:
