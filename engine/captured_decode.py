@@ -52,7 +52,7 @@ class CapturedLoop:
         if self._chooser:
             root = self._chooser.first(self._runner.logits(hidden), self._runner.num_committed)
         else:
-            root = int(self._runner.greedy(hidden))
+            root = self._runner.greedy(hidden)[0]
         self._runner.set_root(root)
         return root
 

@@ -122,14 +122,14 @@ class CudaRunner:
         self.memory.set_length(self._length)
         return self.memory.state[0].clone()
 
-    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
         if len(tokens) != tree.num_nodes:
             raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
         self._check_room(tree.max_depth + 1)
         self._reserve(self._length + tree.max_depth + 1)
         plan = self.plan(tree, None)
-        self.memory.tokens[: plan.num_nodes].copy_(tokens)
-        self.set_root(int(tokens[0]))
+        self.memory.tokens[: plan.num_nodes].copy_(torch.tensor(tokens))
+        self.set_root(tokens[0])
         self.graphs.run(("verify", tree), lambda: self._launch_verify(plan))
         self._verified = plan
         return self.memory.hidden[: plan.num_nodes].clone()
@@ -137,13 +137,13 @@ class CudaRunner:
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.cat([self._forward.score(rows.contiguous()).clone() for rows in hidden.split(MAX_ROWS)])
 
-    def greedy(self, hidden: Tensor) -> Tensor:
-        """Return each row's best token, the lowest id among equals: [rows, hidden] -> int64 [rows]."""
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """Return each row's best token, the lowest id among equals, for hidden states [rows, hidden]."""
         found = []
         for rows in hidden.split(MAX_ROWS):
             keys = self._forward.best(self._forward.score(rows.contiguous()))
             found.append(fused_ops.best_tokens(keys))
-        return torch.cat(found)
+        return torch.cat(found).tolist()
 
     def embed(self, tokens: Tensor) -> Tensor:
         return F.embedding(tokens.to(self.device), self.embedding)

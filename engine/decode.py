@@ -53,7 +53,7 @@ class DecodeLoop:
         if self._sampler:
             self._root = int(self._sampler.choose(*self._row(self._runner.logits(self._hidden.unsqueeze(0)), [])))
         else:
-            self._root = int(self._runner.greedy(self._hidden.unsqueeze(0)))
+            self._root = self._runner.greedy(self._hidden.unsqueeze(0))[0]
         return self._root
 
     def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
@@ -62,7 +62,7 @@ class DecodeLoop:
             started = time.perf_counter()
             fitting = self._fit(tree)
             draft = self._draft(fitting)
-            hidden = self._runner.verify(tensor(draft.tokens), fitting)
+            hidden = self._runner.verify(draft.tokens, fitting)
             path, bonus = self._accept(fitting, draft, hidden)
             self._commit(path, bonus, hidden, draft.tokens)
             yield DecodeStep(
@@ -83,7 +83,7 @@ class DecodeLoop:
     def _accept(self, tree: CandidateTree, draft: Draft, hidden: Tensor) -> Verified:
         sampler, params = self._sampler, self._params
         if sampler is None:  # all nodes at once: lm_head is read once
-            return Verified(*accept_exact(tree, draft.tokens, self._runner.greedy(hidden).tolist().__getitem__))
+            return Verified(*accept_exact(tree, draft.tokens, self._runner.greedy(hidden).__getitem__))
 
         # lm_head is read once for a few rows, which costs as much as for one; only nodes on the way are drawn for.
         scored = self._runner.logits(hidden) if len(hidden) <= _SCORED_TOGETHER else None

@@ -23,7 +23,7 @@ from engine.nested_tree import NestedTree, tree_file
 from engine.records import DecodeStep, EngineInfo, GenerationChunk
 from engine.runner import Runner
 from engine.sampling import SamplingParams, draw_seed
-from engine.step_times import SIZES, StepTimer, measure_step_times
+from engine.step_times import StepTimer, StepTimes, measure_step_times
 from engine.tree import CandidateTree
 from engine.tuning import Tuner, device_name, engine_version, load_or_measure
 
@@ -120,7 +120,7 @@ class Engine:
         return {**parts, "heads": self._drafter.memory_bytes() if self._drafter else 0}
 
     def tune(self, heads: str, say: Callable[[str], None]) -> None:
-        """Choose the size of tree: from what is kept for this machine, model and `heads` (any name of theirs), or
+        """Choose the tree: from what is kept for this machine, model and `heads` (any name of theirs), or
         by measuring step times now."""
         if self._drafter is None:
             return
@@ -133,21 +133,20 @@ class Engine:
             default_nodes=self._trees.default_nodes[runner.device],
         )
 
-    def _measure_steps(self, say: Callable[[str], None]) -> dict[int, float]:
-        """Return milliseconds a step by drafted nodes; the cache is empty afterwards."""
+    def _measure_steps(self, say: Callable[[str], None]) -> StepTimes:
+        """Measure this machine's step times; the cache is empty afterwards."""
         runner, greedy = self._runner, SamplingParams()
         context = min(_MEASURED_CONTEXT, runner.config.max_positions // 2)
         text = "The sea is never quite still, and those who live beside it know its moods. " * 40
         timer = StepTimer(
             loop=lambda drafts: make_loop(runner, self._drafter if drafts else None, greedy, 0),
-            tree=self._trees.first,
             truncate=runner.truncate,
             prompt=self._tokenizer.encode_chat([{"role": "user", "content": text}])[:context],
             warm_steps=_WARM_STEPS[isinstance(make_loop(runner, self._drafter, greedy, 0), CapturedLoop)],
         )
-        sizes = [size for size in SIZES if size <= min(len(self._trees.order), runner.max_tree_nodes)]
+        budget = _MEASURING_S[runner.device]
         try:
-            return measure_step_times(timer, sizes, budget_s=_MEASURING_S[runner.device], say=say)
+            return measure_step_times(timer, self._trees, runner.max_tree_nodes, budget_s=budget, say=say)
         finally:
             runner.truncate(0)
             if isinstance(runner, CudaRunner):
@@ -176,11 +175,10 @@ class Engine:
         prompt = self._tokenizer.encode_chat(messages)
         limit = self._room(len(prompt), params.max_tokens)
         record = AnswerRecord(self._tokenizer, limit, started, params.stop)
-        nodes = self._tree_nodes(params)
-        drafter = self._drafter if nodes else None
+        tree = self._tree(params)
+        drafter = self._drafter if tree.num_drafted else None
         seed = draw_seed() if params.seed is None else params.seed
         loop = make_loop(self._runner, drafter, params, seed)
-        tree = self._trees.first(nodes)
         taken: list[DecodeStep] = []
         cached = self._reuse(prompt)
         try:
@@ -210,15 +208,16 @@ class Engine:
         if tree.num_drafted and not params.is_typical:
             self._tuner.learn(tree, [step.path for step in taken])
         if params.is_argmax:
-            self._tuner.check_times(tree.num_drafted, [step.duration_ms for step in taken])
+            self._tuner.check_times(tree, [step.duration_ms for step in taken])
 
-    def _tree_nodes(self, params: SamplingParams) -> int:
-        """Return how many nodes to draft; 0 is plain decoding."""
+    def _tree(self, params: SamplingParams) -> CandidateTree:
+        """Return the tree to draft: the root alone for plain decoding."""
         if not params.medusa or self._drafter is None:
-            return 0
-        chosen = self._tuner.chosen if self._tuner else self._trees.default_nodes[self._runner.device]
-        wanted = chosen if params.tree_nodes is None else params.tree_nodes
-        return min(wanted, self._runner.max_tree_nodes, len(self._trees.order))
+            return self._trees.first(0)
+        if params.tree_nodes is None and self._tuner:
+            return self._tuner.tree
+        wanted = params.tree_nodes or self._trees.default_nodes[self._runner.device]
+        return self._trees.first(min(wanted, self._runner.max_tree_nodes))
 
     def _room(self, prompt_tokens: int, max_tokens: int) -> int:
         room = self._runner.config.max_positions - prompt_tokens

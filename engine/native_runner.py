@@ -7,7 +7,7 @@ sums. One code path runs plain decoding, trees and prompts, so a row has the sam
 import ctypes
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from ctypes import POINTER, c_float, c_int, c_int32, c_size_t, c_void_p
+from ctypes import POINTER, Array, c_float, c_int, c_int32, c_size_t, c_void_p
 
 import torch
 from torch import Tensor
@@ -24,6 +24,7 @@ from engine.kernels.cpu_native import (
     NativeThreads,
     Signatures,
     declare,
+    int32s,
     pointer,
     release_with,
     to_q8,
@@ -92,7 +93,7 @@ class NativeRunner:
         self._tables = [table.contiguous() for table in _half_tables(config)]
         self._decoder = self._create()
         self._num_nodes = 0
-        self._parents: dict[tuple[int, ...], Tensor] = {}
+        self._parents: dict[tuple[int, ...], Array[c_int32]] = {}
 
     @property
     def num_committed(self) -> int:
@@ -105,22 +106,23 @@ class NativeRunner:
         self._check_room(len(tokens))
         hidden = torch.empty(0)
         for start in range(0, len(tokens), _PREFILL_ROWS):
-            piece = torch.tensor(tokens[start : start + _PREFILL_ROWS], dtype=torch.int32)
+            piece = tokens[start : start + _PREFILL_ROWS]
             hidden = self._step(piece, None, depth=len(piece) - 1)
             self.commit(range(len(piece)))
         return hidden[-1].clone()
 
-    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
         if len(tokens) != tree.num_nodes:
             raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
-        parents = self._parents.setdefault(tree.parents, torch.tensor(tree.parents, dtype=torch.int32))
-        return self._step(tokens.to(torch.int32), parents, tree.max_depth)
+        if tree.parents not in self._parents:
+            self._parents[tree.parents] = int32s(tree.parents)
+        return self._step(tokens, self._parents[tree.parents], tree.max_depth)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
 
-    def greedy(self, hidden: Tensor) -> Tensor:
-        """Return each row's most likely token, the lowest id among equals: [rows, hidden] -> int64 [rows]."""
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """Return each row's most likely token, the lowest id among equals, for hidden states [rows, hidden]."""
         return self.lm_head.argmax(hidden)
 
     def embed(self, tokens: Tensor) -> Tensor:
@@ -128,8 +130,7 @@ class NativeRunner:
         return self.embedding.rows(tokens.reshape(-1)).view(*tokens.shape, -1)
 
     def commit(self, path: Sequence[int]) -> None:
-        nodes = torch.tensor(path, dtype=torch.int32)
-        status = self._library.decoder_commit(self._decoder, nodes.data_ptr(), len(nodes))
+        status = self._library.decoder_commit(self._decoder, int32s(path), len(path))
         if status == _NO_MEMORY:
             raise OutOfMemoryError("The cache cannot grow; close other programs or start a shorter chat.")
         if status:
@@ -166,19 +167,17 @@ class NativeRunner:
             self._library.decoder_measure(self._decoder, None)
             seconds.update(zip(_PARTS, times.tolist(), strict=True))
 
-    def _step(self, tokens: Tensor, parents: Tensor | None, depth: int) -> Tensor:
+    def _step(self, tokens: Sequence[int], parents: Array[c_int32] | None, depth: int) -> Tensor:
         config, rows = self.config, len(tokens)
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"A step of {rows} rows; 1 to {MAX_ROWS} are possible.")
         self._check_room(depth + 1)
-        low, high = int(tokens.min()), int(tokens.max())
+        low, high = min(tokens), max(tokens)
         if low < 0 or high >= config.vocab_size:
             raise ValueError(f"Token {low if low < 0 else high} is not in 0..{config.vocab_size - 1}.")
         hidden = torch.empty(rows, config.hidden_size)
-        tokens_at = pointer(tokens.contiguous(), torch.int32, (rows,))
-        parents_at = None if parents is None else pointer(parents, torch.int32, (rows,))
         with self.threads.lock:
-            status = self._library.decoder_step(self._decoder, tokens_at, parents_at, rows, hidden.data_ptr())
+            status = self._library.decoder_step(self._decoder, int32s(tokens), parents, rows, hidden.data_ptr())
         if status == _NO_MEMORY:
             raise OutOfMemoryError("The cache cannot grow; close other programs or start a shorter chat.")
         assert status == 0, "every way to a bad call is checked above"

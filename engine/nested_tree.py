@@ -60,9 +60,15 @@ class NestedTree:
         kept = tuple(choice for choice in self.order if len(choice) <= num_heads)
         return NestedTree(kept, self.expected if kept == self.order else ())
 
-    def first(self, nodes: int) -> CandidateTree:
-        """Return the tree of the first `nodes` drafted nodes, or of all where there are fewer."""
-        return _tree(self.order[:nodes])
+    @property
+    def max_depth(self) -> int:
+        return max((len(choice) for choice in self.order), default=0)
+
+    def first(self, nodes: int, depth: int | None = None) -> CandidateTree:
+        """Return the tree of the first `nodes` drafted nodes, or of all where there are fewer; with `depth`, of the
+        first that are no deeper."""
+        order = self.order if depth is None else tuple(choice for choice in self.order if len(choice) <= depth)
+        return _tree(order[:nodes])
 
 
 @lru_cache(maxsize=128)

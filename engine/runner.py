@@ -34,16 +34,16 @@ class Runner(Protocol):
         """Append tokens to the committed text; return the last one's hidden state [hidden]."""
         ...
 
-    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
-        """Run the tree's nodes after the committed text: tokens [nodes] -> hidden states [nodes, hidden]."""
+    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
+        """Run the tree's nodes after the committed text; return their hidden states [nodes, hidden]."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Apply `lm_head`: [rows, hidden] -> float32 [rows, vocab]."""
         ...
 
-    def greedy(self, hidden: Tensor) -> Tensor:
-        """Return each row's best token, argmax of `logits`: [rows, hidden] -> int64 [rows]."""
+    def greedy(self, hidden: Tensor) -> list[int]:
+        """Return each row's best token, argmax of `logits`, for hidden states [rows, hidden]."""
         ...
 
     def embed(self, tokens: Tensor) -> Tensor:

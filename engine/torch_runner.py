@@ -43,17 +43,17 @@ class TorchRunner:
         return hidden[-1]
 
     @torch.inference_mode()
-    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
         self._cache.reserve(tree.max_depth + 1)
         positions = self._cache.length + tree.depth.to(self.device)
-        return self.backbone(tokens.to(self.device), positions, self._attend_tree(self._cache, tree))
+        return self.backbone(torch.tensor(tokens, device=self.device), positions, self._attend_tree(self._cache, tree))
 
     @torch.inference_mode()
     def logits(self, hidden: Tensor) -> Tensor:
         return self.backbone.lm_head(hidden).float()
 
-    def greedy(self, hidden: Tensor) -> Tensor:
-        return self.logits(hidden).argmax(-1)
+    def greedy(self, hidden: Tensor) -> list[int]:
+        return self.logits(hidden).argmax(-1).tolist()
 
     def embed(self, tokens: Tensor) -> Tensor:
         return self.backbone.embed(tokens.to(self.device))

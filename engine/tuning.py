@@ -1,8 +1,9 @@
-"""Which candidate tree pays on this machine: measured step times against the tokens that each size of tree brings.
+"""Which candidate tree pays on this machine: measured step times against the tokens that each tree brings.
 
-A tree of n nodes is the first n of one order, so a size is all there is to choose: the one with the most tokens a
-second. Step times are measured once and kept; tokens per step come from the heads' calibration and, more and more,
-from the answers given here. Where no tree beats plain decoding the choice is 0 nodes. Texts never depend on it.
+To choose from are the first n nodes of one order that are no deeper than d, as a depth costs a head's turn whatever its
+nodes are worth: of each n and d one tree, and of these the one with the most tokens a second. Step times are measured
+once and kept; tokens per step come from the heads' calibration and, more and more, from the answers given here. Where
+no tree beats plain decoding the choice is 0 nodes. Texts never depend on it.
 """
 
 import contextlib
@@ -13,6 +14,7 @@ import platform
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
+from itertools import pairwise
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -21,11 +23,12 @@ import torch
 
 from engine.kernels.nvrtc import cache_folder
 from engine.nested_tree import NestedTree
+from engine.step_times import StepTimes
 from engine.tree import CandidateTree
 
 __all__ = ["Seen", "Tuner", "TuningFile", "device_name", "engine_version", "load_or_measure"]
 
-_MIN_GAIN = 1.02  # below it a gain is noise, and a change of size too
+_MIN_GAIN = 1.02  # below it a gain is noise, and a change of tree too
 _PRIOR_STEPS = 2000.0  # what the calibration weighs, in steps seen
 _ANSWER_STEPS = 200.0  # what one answer may weigh: an odd chat moves a figure by less than a tenth
 _MOST_STEPS = 8000.0  # what all answers together may weigh; older ones fade
@@ -42,13 +45,13 @@ class Seen:
     steps: list[float] = field(default_factory=list)
     accepted: list[float] = field(default_factory=list)
 
-    def add(self, accepted: Sequence[float], steps: float) -> None:
-        """Add one answer's counts for the first nodes of the order, each weighed down to what an answer may weigh."""
+    def add(self, accepted: Mapping[int, float], steps: float) -> None:
+        """Add one answer's counts by the places of its tree's nodes, each weighed down to what an answer may weigh."""
         weight = min(1.0, _ANSWER_STEPS / steps) if steps else 0.0
-        missing = max(0, len(accepted) - len(self.steps))
+        missing = max(0, 1 + max(accepted, default=-1) - len(self.steps))
         self.steps += [0.0] * missing
         self.accepted += [0.0] * missing
-        for place, count in enumerate(accepted):
+        for place, count in accepted.items():
             total = self.steps[place] + weight * steps
             fade = min(1.0, _MOST_STEPS / total) if total else 1.0
             self.steps[place] = total * fade
@@ -61,19 +64,21 @@ class TuningFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> tuple[dict[int, float], Seen] | None:
+    def read(self) -> tuple[StepTimes, Seen] | None:
         try:
             content = json.loads(self.path.read_text())
-            step_ms = {int(size): float(ms) for size, ms in content["step_ms"].items()}
+            by_nodes = {int(size): float(ms) for size, ms in content["step_ms"].items()}
+            times = StepTimes(by_nodes, float(content["depth_ms"]))
             seen = Seen([float(x) for x in content["seen_steps"]], [float(x) for x in content["seen_accepted"]])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
-        is_sound = 0 in step_ms and min(step_ms.values()) > 0 and len(seen.steps) == len(seen.accepted)
-        return (step_ms, seen) if is_sound else None
+        is_sound = 0 in by_nodes and min(by_nodes.values()) > 0 and times.per_depth >= 0
+        return (times, seen) if is_sound and len(seen.steps) == len(seen.accepted) else None
 
-    def write(self, step_ms: Mapping[int, float], seen: Seen) -> None:
+    def write(self, times: StepTimes, seen: Seen) -> None:
         content = {
-            "step_ms": dict(step_ms),
+            "step_ms": times.by_nodes,
+            "depth_ms": times.per_depth,
             "seen_steps": [round(count, 2) for count in seen.steps],
             "seen_accepted": [round(count, 2) for count in seen.accepted],
         }
@@ -92,41 +97,40 @@ class TuningFile:
 
 
 class Tuner:
-    """The choice, and what it rests on. `step_ms` by drafted nodes must hold 0, plain decoding."""
+    """The choice, `tree`, and what it rests on. `times` must hold 0 nodes, plain decoding."""
 
     def __init__(
         self,
         trees: NestedTree,
-        step_ms: Mapping[int, float],
+        times: StepTimes,
         *,
         default_nodes: int,
         seen: Seen | None = None,
         file: TuningFile | None = None,
     ) -> None:
-        self._trees, self._default_nodes = trees, default_nodes
-        self._step_ms = {size: ms for size, ms in sorted(step_ms.items()) if size <= len(trees.order)}
+        self._trees, self._times, self._default_nodes = trees, times, default_nodes
         self._seen, self._file = seen or Seen(), file
         self._place = {choice: place for place, choice in enumerate(trees.order)}
-        self.chosen = 0
+        self._step_ms = self._candidates()
+        self._tokens: dict[CandidateTree, float] = {}
+        self.tree = self._plain = trees.first(0)
         self._choose(first=True)
-
-    @property
-    def tokens_per_step(self) -> dict[int, float]:
-        """Expected tokens a step by drafted nodes, for the measured sizes of which it is known."""
-        totals = [1.0]
-        for chance in self._chances():
-            totals.append(totals[-1] + chance)
-        return {size: totals[size] for size in self._step_ms if size < len(totals)}
 
     @property
     def is_known(self) -> bool:
         """Whether what trees bring is known: from a calibration, or from enough answers."""
-        return any(size > 0 for size in self.tokens_per_step)
+        return len(self._tokens) > 1
+
+    @property
+    def best(self) -> CandidateTree:
+        """The tree with the most tokens a second, also where plain decoding has more; the default if none is known."""
+        drafting = [tree for tree in self._tokens if tree.num_drafted]
+        return max(drafting, key=self._gain) if drafting else self._trees.first(self._default_nodes)
 
     def learn(self, tree: CandidateTree, paths: Iterable[NodePath]) -> None:
         """Take note of one answer's steps with `tree` (exact acceptance): each step's accepted path, root first."""
-        accepted, steps = [0.0] * tree.num_drafted, 0
-        places = [self._place[choice] for choice in tree.choices]
+        places, steps = [self._place[choice] for choice in tree.choices], 0
+        accepted = dict.fromkeys(places, 0.0)
         for path in paths:
             steps += 1
             for node in path[1:]:
@@ -136,14 +140,14 @@ class Tuner:
         self._seen.add(accepted, steps)
         self._choose()
         if self._file is not None:
-            self._file.write(self._step_ms, self._seen)
+            self._file.write(self._times, self._seen)
 
-    def check_times(self, nodes: int, step_ms: Sequence[float]) -> None:
+    def check_times(self, tree: CandidateTree, step_ms: Sequence[float]) -> None:
         """Compare an answer's steps with what was measured: far faster ones tell that the machine was busy then.
 
         The next start will measure again.
         """
-        measured = self._step_ms.get(nodes)
+        measured = self._step_ms.get(tree)
         if self._file is None or measured is None or len(step_ms) < _STEPS_TO_JUDGE:
             return
         if median(step_ms) < _BUSY * measured:
@@ -151,33 +155,58 @@ class Tuner:
             self._file = None
 
     def report(self) -> dict[str, Any]:
-        """Return the curve, the choice and its reason as plain values, sizes in drafted nodes."""
-        tokens, chosen = self.tokens_per_step, self.chosen
+        """Return the curve, the choice and its reason as plain values; of each number of drafted nodes the best tree.
+
+        `depths` says how deep these trees are.
+        """
+        shown = {tree.num_drafted: tree for tree in sorted(self._step_ms, key=self._shown_last)}
+        tokens = {nodes: self._tokens[tree] for nodes, tree in shown.items() if tree in self._tokens}
         return {
-            "nodes": list(self._step_ms),
-            "step_ms": {size: round(ms, 4) for size, ms in self._step_ms.items()},
-            "tokens_per_step": {size: round(value, 3) for size, value in tokens.items()},
-            "chosen": chosen,
+            "nodes": list(shown),
+            "depths": {nodes: tree.max_depth for nodes, tree in shown.items()},
+            "step_ms": {nodes: round(self._step_ms[tree], 4) for nodes, tree in shown.items()},
+            "tokens_per_step": {nodes: round(value, 3) for nodes, value in tokens.items()},
+            "depth_ms": round(self._times.per_depth, 4),
+            "chosen": self.tree.num_drafted,
             "reason": self._reason(),
-            "expected_gain": round(self._gain(chosen), 3) if self.is_known and chosen in tokens else None,
+            "expected_gain": round(self._gain(self.tree), 3) if self.is_known and self.tree in self._tokens else None,
         }
 
+    def _shown_last(self, tree: CandidateTree) -> tuple[int, bool, float, int]:
+        """Sort by nodes, and among as many the one to show last: the choice, or the best, or the deepest."""
+        return tree.num_drafted, tree == self.tree, self._gain(tree) if tree in self._tokens else 0.0, tree.max_depth
+
+    def _candidates(self) -> dict[CandidateTree, float]:
+        """Return all trees to choose from, with their milliseconds a step: those of as many nodes in nested order, less
+        the depths that are left out."""
+        found: dict[CandidateTree, float] = {}
+        by_nodes, per_depth = self._times
+        for nodes, ms in by_nodes.items():
+            nested = self._trees.first(nodes)
+            for depth in range(nested.max_depth + 1):
+                tree = self._trees.first(nodes, depth)
+                if tree.num_drafted == nodes:
+                    found[tree] = max(by_nodes[0], ms - per_depth * (nested.max_depth - tree.max_depth))
+        return found
+
     def _choose(self, first: bool = False) -> None:
+        chances = self._chances()
+        places = {tree: [self._place[choice] for choice in tree.choices] for tree in self._step_ms}
+        self._tokens = {
+            tree: 1.0 + sum(chances[place] for place in nodes)
+            for tree, nodes in places.items()
+            if chances.keys() >= set(nodes)
+        }
         if not self.is_known:
-            self.chosen = self._default_nodes
-            return
-        best = self._best()
-        if self._gain(best) < _MIN_GAIN:
-            self.chosen = 0
-        elif first or self.chosen not in self.tokens_per_step or self._gain(best) > _MIN_GAIN * self._gain(self.chosen):
-            self.chosen = best
+            self.tree = self.best
+        elif self._gain(self.best) < _MIN_GAIN:
+            self.tree = self._plain
+        elif first or self.tree not in self._tokens or self._gain(self.best) > _MIN_GAIN * self._gain(self.tree):
+            self.tree = self.best
 
-    def _best(self) -> int:
-        return max((size for size in self.tokens_per_step if size > 0), key=self._gain)
-
-    def _gain(self, size: int) -> float:
-        """Speed with a tree of this size over plain decoding's."""
-        return self.tokens_per_step[size] * self._step_ms[0] / self._step_ms[size]
+    def _gain(self, tree: CandidateTree) -> float:
+        """Speed with a candidate over plain decoding's."""
+        return self._tokens[tree] * self._step_ms[self._plain] / self._step_ms[tree]
 
     def _reason(self) -> str:
         if not self.is_known:
@@ -185,45 +214,44 @@ class Tuner:
                 "What these heads' trees bring is not known, so the size is a default; "
                 "python launcher.py calibrate measures it."
             )
-        if self.chosen:
-            return f"{self._worth(self.chosen)}."
-        return f"No tree pays here, so decoding is plain. The best: {self._worth(self._best())}."
+        if self.tree.num_drafted:
+            return f"{self._worth(self.tree)}."
+        return f"No tree pays here, so decoding is plain. The best: {self._worth(self.best)}."
 
-    def _worth(self, size: int) -> str:
-        nodes = "1 drafted node brings" if size == 1 else f"{size} drafted nodes bring"
+    def _worth(self, tree: CandidateTree) -> str:
+        nodes = f"{tree.num_drafted} drafted nodes, at most {tree.max_depth} deep, bring"
         return (
-            f"{nodes} {self.tokens_per_step[size]:.2f} tokens a step for "
-            f"{self._step_ms[size] / self._step_ms[0]:.2f}x the time of a plain one: {self._gain(size):.2f}x the speed"
+            f"{'1 drafted node brings' if tree.num_drafted == 1 else nodes} {self._tokens[tree]:.2f} tokens a step for "
+            f"{self._step_ms[tree] / self._step_ms[self._plain]:.2f}x the time of a plain one: "
+            f"{self._gain(tree):.2f}x the speed"
         )
 
-    def _chances(self) -> list[float]:
-        """How likely each node is accepted, in the nested order, as far as it is known."""
-        prior = [after - before for before, after in zip(self._trees.expected, self._trees.expected[1:], strict=False)]
+    def _chances(self) -> dict[int, float]:
+        """How likely each node is accepted, by its place in the nested order, as far as it is known."""
+        prior = [after - before for before, after in pairwise(self._trees.expected)]
+        seen = {
+            place: (steps, count)
+            for place, (steps, count) in enumerate(zip(self._seen.steps, self._seen.accepted, strict=True))
+            if steps > 0
+        }
         if not prior:
-            return self._chances_seen()
-        seen = [(steps, count) for steps, count in zip(self._seen.steps, self._seen.accepted, strict=True)]
-        blended = [
-            (_PRIOR_STEPS * chance + count) / (_PRIOR_STEPS + steps)
-            for chance, (steps, count) in zip(prior, seen, strict=False)
-        ]
-        known = len(blended)
-        scale = sum(blended) / sum(prior[:known]) if sum(prior[:known]) > 0 else 1.0
-        return blended + [scale * chance for chance in prior[known:]]  # larger trees fare as the seen ones did
-
-    def _chances_seen(self) -> list[float]:
-        chances: list[float] = []
-        for steps, count in zip(self._seen.steps, self._seen.accepted, strict=True):
-            if steps < _ENOUGH_STEPS * 0.999:  # fading rounds
-                break
-            chances.append(count / steps)
-        return chances
+            enough = _ENOUGH_STEPS * 0.999  # fading rounds
+            return {place: count / steps for place, (steps, count) in seen.items() if steps >= enough}
+        blended = {
+            place: (_PRIOR_STEPS * prior[place] + count) / (_PRIOR_STEPS + steps)
+            for place, (steps, count) in seen.items()
+            if place < len(prior)
+        }
+        calibrated = sum(prior[place] for place in blended)
+        scale = sum(blended.values()) / calibrated if calibrated > 0 else 1.0
+        return {place: blended.get(place, scale * chance) for place, chance in enumerate(prior)}  # unseen: as the seen
 
 
 def load_or_measure(
     trees: NestedTree,
     *,
     identity: Sequence[str],
-    measure: Callable[[], Mapping[int, float]],
+    measure: Callable[[], StepTimes],
     default_nodes: int,
     folder: Path | None = None,
 ) -> Tuner:
@@ -232,10 +260,10 @@ def load_or_measure(
     file = TuningFile((folder or cache_folder()) / f"tree-{key}.json")
     kept = file.read()
     if kept is None:
-        kept = dict(measure()), Seen()
+        kept = measure(), Seen()
         file.write(*kept)
-    step_ms, seen = kept
-    return Tuner(trees, step_ms, default_nodes=default_nodes, seen=seen, file=file)
+    times, seen = kept
+    return Tuner(trees, times, default_nodes=default_nodes, seen=seen, file=file)
 
 
 def device_name(device: str) -> str:

@@ -19,6 +19,7 @@ from engine.bench.contexts import measure_contexts, prompt_of
 from engine.bench.loading import load_engine
 from engine.bench.peer_process import PeerError, PeerProcess, ProcessContender, why_no_llama_cpp
 from engine.bench.report_text import report_text
+from engine.decode import PLAIN
 
 BENCHES = Path(suite.__file__).parent
 SETUP = {"model": "bundled", "device": "cpu", "quantize": "auto", "heads": "auto"}
@@ -52,7 +53,7 @@ class Scripted:
 
 def test_medusa_on_and_off_give_the_same_tokens_and_counts(engine: Engine) -> None:
     prompt = prompt_of(engine, 60)
-    off, on = (Own(engine, nodes).run(prompt, 40, frozenset()) for nodes in (0, 4))
+    off, on = (Own(engine, engine._trees.first(nodes)).run(prompt, 40, frozenset()) for nodes in (0, 4))
     assert off.tokens == on.tokens
     assert (len(off.tokens), off.decoded, off.steps, off.tokens_per_step) == (40, 39, 39, 1.0)
     assert (on.decoded, on.steps < 39) == (39, True)
@@ -62,14 +63,14 @@ def test_medusa_on_and_off_give_the_same_tokens_and_counts(engine: Engine) -> No
 
 def test_an_end_token_ends_a_run_and_counts_as_a_step_s_token(engine: Engine) -> None:
     prompt = prompt_of(engine, 60)
-    whole = Own(engine, 0).run(prompt, 40, frozenset()).tokens
+    whole = Own(engine, PLAIN).run(prompt, 40, frozenset()).tokens
     end = next(token for token in whole[5:] if token not in whole[:5])
     place = whole.index(end)
     for nodes in (0, 4):
-        run = Own(engine, nodes).run(prompt, 40, frozenset({end}))
+        run = Own(engine, engine._trees.first(nodes)).run(prompt, 40, frozenset({end}))
         assert run.tokens == whole[:place]
         assert run.decoded == place
-    at_once = Own(engine, 0).run(prompt, 40, frozenset({whole[0]}))
+    at_once = Own(engine, PLAIN).run(prompt, 40, frozenset({whole[0]}))
     assert (at_once.tokens, at_once.steps, at_once.tokens_per_second) == ((), 0, 0.0)
 
 

@@ -159,7 +159,7 @@ def test_a_prompts_rows_have_the_bits_of_decoded_ones(runner: CudaRunner) -> Non
     runner.truncate(0)
     runner.prefill(long[:37])
     for token in long[37:41]:
-        hidden = runner.verify(torch.tensor([token]), PLAIN)
+        hidden = runner.verify([token], PLAIN)
         runner.commit([0])
     last = runner.prefill(long[41:])
     assert torch.equal(last, together)
@@ -316,8 +316,8 @@ def test_bad_calls_are_refused(runner: CudaRunner, weights: BackboneWeights) -> 
     with pytest.raises(ValueError, match="no tokens"):
         runner.prefill([])
     with pytest.raises(ValueError, match="2 tokens for a tree of 1 nodes"):
-        runner.verify(torch.tensor([1, 2]), PLAIN)
-    runner.verify(torch.tensor([1, 2, 3, 4]), TREES[1])
+        runner.verify([1, 2], PLAIN)
+    runner.verify([1, 2, 3, 4], TREES[1])
     with pytest.raises(ValueError, match=r"\[0, 2\] is not a path"):
         runner.commit([0, 2])
     wide = MedusaHeads(HeadsConfig(128, 96, width=40))

@@ -1,6 +1,7 @@
 """The greedy toggle's bench: a small run of it, and that it catches a backbone whose rows lean on their neighbours."""
 
 import json
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ class Careless:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def verify(self, tokens: Tensor, tree: CandidateTree) -> Tensor:
+    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
         hidden = self._runner.verify(tokens, tree)
         if len(hidden) > 1 and self._runner.num_committed >= self._wrong_from:
             return hidden.roll(1, dims=0)

@@ -52,7 +52,7 @@ def decode_plainly(runner: NativeRunner, tokens: Sequence[int]) -> Tensor:
     """Feed tokens one at a time; return all hidden states."""
     rows = []
     for token in tokens:
-        rows.append(runner.verify(torch.tensor([token]), PLAIN)[0])
+        rows.append(runner.verify([token], PLAIN)[0])
         runner.commit([0])
     return torch.stack(rows)
 
@@ -73,7 +73,7 @@ def test_every_node_of_a_tree_is_what_plain_decoding_gives(runner: NativeRunner,
     prompt, tree = random_tokens(draw, length), random_tree(draw, draw.choice([2, 4, 9, 17, 33, 65]))
     tokens = random_tokens(draw, tree.num_nodes)
     runner.prefill(prompt)
-    hidden = runner.verify(torch.tensor(tokens), tree)
+    hidden = runner.verify(tokens, tree)
     for node in {0, tree.num_nodes - 1, *(draw.randrange(tree.num_nodes) for _ in range(6))}:
         runner.truncate(length)
         path = tree.path_to(node)
@@ -88,7 +88,7 @@ def test_a_text_made_of_committed_paths_has_the_cache_of_plain_decoding(runner: 
     for _ in range(12):
         tree = random_tree(draw, draw.randrange(1, 40))
         tokens = random_tokens(draw, tree.num_nodes)
-        runner.verify(torch.tensor(tokens), tree)
+        runner.verify(tokens, tree)
         path = tree.path_to(draw.randrange(tree.num_nodes))[: draw.randrange(1, 9)]
         runner.commit(path)
         text += [tokens[node] for node in path]
@@ -120,8 +120,8 @@ def test_truncating_forgets_and_a_dropped_tree_leaves_no_trace(runner: NativeRun
     tokens = random_tokens(draw, 140)
     last = runner.prefill(tokens)
     runner.truncate(131)
-    runner.verify(torch.tensor(random_tokens(draw, 65)), random_tree(draw, 65))
-    runner.verify(torch.tensor(random_tokens(draw, 10)), CandidateTree.chain(9))
+    runner.verify(random_tokens(draw, 65), random_tree(draw, 65))
+    runner.verify(random_tokens(draw, 10), CandidateTree.chain(9))
     assert runner.num_committed == 131
     assert torch.equal(runner.prefill(tokens[131:]), last)
 
@@ -129,7 +129,7 @@ def test_truncating_forgets_and_a_dropped_tree_leaves_no_trace(runner: NativeRun
 def test_threads_do_not_change_a_bit(weights: BackboneWeights, runner: NativeRunner) -> None:
     draw = random.Random(5)
     prompt, tree = random_tokens(draw, 70), random_tree(draw, 20)
-    tokens = torch.tensor(random_tokens(draw, 20))
+    tokens = random_tokens(draw, 20)
     alone = NativeRunner(CONFIG, weights, source_format="Q4_1", threads=NativeThreads(1))
     runner.prefill(prompt)
     alone.prefill(prompt)
@@ -172,7 +172,7 @@ def test_the_bundled_model_predicts_what_the_float_model_predicts(bundled: Loade
     ).sum(-1)
     assert divergence.mean() < 0.01
     assert (logits.argmax(-1) == expected.argmax(-1)).float().mean() > 0.93
-    assert torch.equal(runner.greedy(decode_again(runner, tokens)), logits.argmax(-1))
+    assert runner.greedy(decode_again(runner, tokens)) == logits.argmax(-1).tolist()
 
 
 def decode_again(runner: NativeRunner, tokens: Sequence[int]) -> Tensor:
@@ -181,11 +181,11 @@ def decode_again(runner: NativeRunner, tokens: Sequence[int]) -> Tensor:
 
 
 def test_logits_greedy_and_embeddings_are_those_of_the_weights(runner: NativeRunner, weights: BackboneWeights) -> None:
-    hidden = runner.verify(torch.tensor([3, 5]), CandidateTree.chain(1))
+    hidden = runner.verify([3, 5], CandidateTree.chain(1))
     logits = runner.logits(hidden)
     exact = hidden.double() @ weights.lm_head.dequantize().double().T
     assert (logits - exact).norm() / exact.norm() < 0.01
-    assert torch.equal(runner.greedy(hidden), logits.argmax(-1))
+    assert runner.greedy(hidden) == logits.argmax(-1).tolist()
     tokens = torch.tensor([[0, 210], [17, 0]])
     assert torch.equal(runner.embed(tokens), weights.embedding.dequantize()[tokens])
 
@@ -210,12 +210,12 @@ def test_dense_weights_are_rounded_and_said_so(weights: BackboneWeights, threads
 
 def test_wrong_calls_raise(runner: NativeRunner, weights: BackboneWeights) -> None:
     with pytest.raises(ValueError, match="2 tokens for a tree of 4"):
-        runner.verify(torch.tensor([1, 2]), CandidateTree.chain(3))
+        runner.verify([1, 2], CandidateTree.chain(3))
     with pytest.raises(ValueError, match=r"Token 211 is not in 0\.\.210"):
-        runner.verify(torch.tensor([211]), PLAIN)
+        runner.verify([211], PLAIN)
     with pytest.raises(ValueError, match="not a path"):
         runner.commit([0])  # nothing was verified
-    runner.verify(torch.tensor([1, 2, 3]), CandidateTree.from_choices([(0,), (1,)]))
+    runner.verify([1, 2, 3], CandidateTree.from_choices([(0,), (1,)]))
     for path in ([1], [0, 1, 2], [0, 3], [-1]):
         with pytest.raises(ValueError, match="not a path"):
             runner.commit(path)
@@ -237,11 +237,11 @@ def test_wrong_calls_raise(runner: NativeRunner, weights: BackboneWeights) -> No
 def test_the_last_position_can_be_used_and_no_other(runner: NativeRunner) -> None:
     runner.prefill([1] * 398)
     tree = CandidateTree.from_choices([(0,), (1,), (2,)])
-    runner.verify(torch.tensor([1, 2, 3, 4]), tree)
+    runner.verify([1, 2, 3, 4], tree)
     runner.commit([0, 3])
     assert runner.num_committed == 400
     with pytest.raises(ContextLengthError, match="400 tokens and 1 more"):
-        runner.verify(torch.tensor([1]), PLAIN)
+        runner.verify([1], PLAIN)
 
 
 def test_measured_parts_fit_the_step(runner: NativeRunner) -> None:

@@ -1,15 +1,17 @@
-"""The choice of a tree's size from step times and acceptance, on invented machines and invented answers."""
+"""The choice of a tree from step times and acceptance, on invented machines and invented answers."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
 from engine import Engine, SamplingParams
+from engine.models.loader import bundled_heads_path
 from engine.nested_tree import NestedTree
 from engine.records import DecodeStep
-from engine.step_times import StepTimer, measure_step_times
-from engine.tree import CandidateTree
+from engine.step_times import StepTimer, StepTimes, measure_step_times
+from engine.tree import CandidateTree, Choice
 from engine.tuning import Seen, Tuner, TuningFile, load_or_measure
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 11, 15, 23, 31)
@@ -19,11 +21,19 @@ EXPECTED = tuple(1 + sum(GAINS[:size]) for size in range(len(ORDER) + 1))
 TREES = NestedTree(ORDER, EXPECTED)
 KNEE = {size: 2.0 + (0.01 * size if size <= 7 else 0.5 * (size - 7)) for size in SIZES}
 STEEP = {size: 2.0 + 1.5 * size for size in SIZES}
+BUNDLED = NestedTree.beside(bundled_heads_path())
 QUESTION = [{"role": "user", "content": "Name three colours."}]
 
 
-def tuner(step_ms: dict[int, float] = KNEE, trees: NestedTree = TREES, **settings: object) -> Tuner:
-    return Tuner(trees, step_ms, default_nodes=2, **settings)  # type: ignore[arg-type]
+def tuner(
+    step_ms: dict[int, float] = KNEE, trees: NestedTree = TREES, depth_ms: float = 0.0, **settings: object
+) -> Tuner:
+    return Tuner(trees, StepTimes(step_ms, depth_ms), default_nodes=2, **settings)  # type: ignore[arg-type]
+
+
+def chosen_by(tuner: Tuner) -> tuple[int, int]:
+    """Nodes and depth of the choice."""
+    return tuner.tree.num_drafted, tuner.tree.max_depth
 
 
 def paths_accepting(tree: CandidateTree, nodes: Sequence[int]) -> list[tuple[int, ...]]:
@@ -32,17 +42,19 @@ def paths_accepting(tree: CandidateTree, nodes: Sequence[int]) -> list[tuple[int
 
 def test_the_knee_of_the_curve_is_chosen() -> None:
     chosen = tuner()
-    assert chosen.chosen == 7
+    assert chosen.tree == TREES.first(7)
     report = chosen.report()
+    assert report["chosen"] == 7
     assert report["nodes"] == list(SIZES)
     assert report["step_ms"][7] == pytest.approx(2.07)
     assert report["tokens_per_step"][7] == pytest.approx(EXPECTED[7], abs=1e-3)
     assert report["expected_gain"] == pytest.approx(EXPECTED[7] * 2.0 / 2.07, abs=1e-3)
-    assert "7 drafted nodes bring" in report["reason"]
+    assert report["depths"] == {size: TREES.first(size).max_depth for size in SIZES}
+    assert "7 drafted nodes, at most 2 deep, bring" in report["reason"]
 
 
 def test_flat_times_take_the_largest_tree() -> None:
-    assert tuner(dict.fromkeys(SIZES, 3.0)).chosen == 31
+    assert tuner(dict.fromkeys(SIZES, 3.0)).tree == TREES.first(31)
 
 
 def test_where_no_tree_pays_decoding_is_plain_and_says_so() -> None:
@@ -55,49 +67,48 @@ def test_where_no_tree_pays_decoding_is_plain_and_says_so() -> None:
 
 def test_without_calibration_a_default_is_used_until_enough_was_seen() -> None:
     chosen = tuner({0: 2.0, 1: 2.5, 2: 3.0, 7: 4.0}, NestedTree(ORDER))
-    assert chosen.chosen == 2
+    assert chosen.tree == chosen.best == TREES.first(2)
     assert chosen.report()["expected_gain"] is None
-    assert chosen.tokens_per_step == {0: 1.0}
+    assert chosen.report()["tokens_per_step"] == {0: 1.0}
     assert "calibrate" in chosen.report()["reason"]
     tree = TREES.first(7)
     for _ in range(2):  # two answers are no evidence yet
         chosen.learn(tree, paths_accepting(tree, [1] * 200))
-    assert chosen.chosen == 2
+    assert chosen.tree == TREES.first(2)
     for _ in range(2):
         chosen.learn(tree, paths_accepting(tree, [1] * 200))
     assert chosen.report()["expected_gain"] == pytest.approx(2.0 * 2.0 / 2.5)
-    assert chosen.chosen == 1  # the only node that was ever accepted
+    assert chosen.tree == TREES.first(1)  # the only node that was ever accepted
 
 
 def test_one_odd_answer_hardly_moves_the_figures_and_many_do() -> None:
     chosen = tuner()
-    tree, before = TREES.first(7), chosen.tokens_per_step
+    tree, before = TREES.first(7), chosen.report()["tokens_per_step"]
     chosen.learn(tree, paths_accepting(tree, [0] * 5000))  # nothing accepted, in a very long answer
-    after = chosen.tokens_per_step
+    after = chosen.report()["tokens_per_step"]
     assert 0.89 * (before[7] - 1) < after[7] - 1 < before[7] - 1
     assert after[31] < before[31]  # what was never tried fares as the rest did
     for _ in range(200):
         chosen.learn(tree, paths_accepting(tree, [0] * 200))
-    assert chosen.tokens_per_step[7] - 1 < 0.25 * (before[7] - 1)
+    assert chosen.report()["tokens_per_step"][7] - 1 < 0.25 * (before[7] - 1)
 
 
 def test_the_choice_recovers_when_acceptance_does() -> None:
     chosen = tuner({0: 2.0, 1: 2.6, 2: 2.8, 3: 3.2})
     tree = TREES.first(3)
-    start = chosen.chosen
-    assert start > 0
+    assert chosen.tree.num_drafted > 0
     for _ in range(300):
         chosen.learn(tree, paths_accepting(tree, [0] * 200))
-    assert chosen.chosen == 0
+    assert chosen.tree.num_drafted == 0
     for _ in range(300):
         chosen.learn(tree, paths_accepting(tree, [tree.num_drafted] * 200))
-    assert chosen.chosen > 0
+    assert chosen.tree.num_drafted > 0
 
 
 def test_seen_counts_are_bounded() -> None:
     seen = Seen()
     for _ in range(1000):
-        seen.add([500.0, 100.0], 1000)
+        seen.add({0: 500.0, 1: 100.0}, 1000)
     assert seen.steps == pytest.approx([8000.0, 8000.0])
     assert [count / 8000 for count in seen.accepted] == pytest.approx([0.5, 0.1])
 
@@ -105,9 +116,9 @@ def test_seen_counts_are_bounded() -> None:
 def test_what_was_measured_and_seen_is_kept(tmp_path: Path) -> None:
     calls: list[int] = []
 
-    def measure() -> dict[int, float]:
+    def measure() -> StepTimes:
         calls.append(1)
-        return KNEE
+        return StepTimes(KNEE, 0.1)
 
     def load(*identity: str) -> Tuner:
         return load_or_measure(TREES, identity=identity, measure=measure, default_nodes=2, folder=tmp_path / "new")
@@ -133,34 +144,37 @@ def test_what_was_measured_and_seen_is_kept(tmp_path: Path) -> None:
         '{"step_ms": {"0": 1.0}, "seen_steps": [1], "seen_accepted": []}',
         '{"step_ms": {"0": "fast"}, "seen_steps": [], "seen_accepted": []}',
         '{"step_ms": {"0": 1.0}}',
+        '{"step_ms": {"0": 1.0, "1": 1.1}, "seen_steps": [9], "seen_accepted": [5]}',  # of before depths were measured
+        '{"step_ms": {"0": 1.0}, "depth_ms": -1, "seen_steps": [], "seen_accepted": []}',
     ],
 )
 def test_a_file_that_makes_no_sense_is_measured_again(tmp_path: Path, content: str) -> None:
-    load_or_measure(TREES, identity=["a"], measure=lambda: STEEP, default_nodes=2, folder=tmp_path)
+    steep, knee = StepTimes(STEEP, 0.0), StepTimes(KNEE, 0.25)
+    load_or_measure(TREES, identity=["a"], measure=lambda: steep, default_nodes=2, folder=tmp_path)
     (kept,) = tmp_path.iterdir()
     kept.write_text(content)
-    again = load_or_measure(TREES, identity=["a"], measure=lambda: KNEE, default_nodes=2, folder=tmp_path)
-    assert again.chosen == 7
-    assert TuningFile(kept).read() == (KNEE, Seen())
+    again = load_or_measure(TREES, identity=["a"], measure=lambda: knee, default_nodes=2, folder=tmp_path)
+    assert again.report()["depth_ms"] == 0.25
+    assert TuningFile(kept).read() == (knee, Seen())
 
 
 def test_steps_far_faster_than_measured_make_the_next_start_measure_again(tmp_path: Path) -> None:
     measured: list[int] = []
 
     def load() -> Tuner:
-        def measure() -> dict[int, float]:
+        def measure() -> StepTimes:
             measured.append(1)
-            return KNEE
+            return StepTimes(KNEE, 0.0)
 
         return load_or_measure(TREES, identity=["a"], measure=measure, default_nodes=2, folder=tmp_path)
 
     first = load()
-    first.check_times(7, [2.0] * 30)  # as measured
-    first.check_times(7, [1.0] * 5)  # too few to tell
-    first.check_times(9, [0.1] * 30)  # never measured
+    first.check_times(TREES.first(7), [2.0] * 30)  # as measured
+    first.check_times(TREES.first(7), [1.0] * 5)  # too few to tell
+    first.check_times(TREES.first(9), [0.1] * 30)  # never measured
     load()
     assert len(measured) == 1
-    first.check_times(7, [1.0] * 30)
+    first.check_times(TREES.first(7), [1.0] * 30)
     first.learn(TREES.first(7), [(0,)] * 30)  # must not bring the old times back
     load()
     assert len(measured) == 2
@@ -168,10 +182,11 @@ def test_steps_far_faster_than_measured_make_the_next_start_measure_again(tmp_pa
 
 def test_a_folder_that_cannot_be_written_is_no_error(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
-    chosen = load_or_measure(TREES, identity=["a"], measure=lambda: KNEE, default_nodes=2, folder=tmp_path / "file")
+    times, folder = StepTimes(KNEE, 0.0), tmp_path / "file"
+    chosen = load_or_measure(TREES, identity=["a"], measure=lambda: times, default_nodes=2, folder=folder)
     tree = TREES.first(2)
     chosen.learn(tree, paths_accepting(tree, [1]))
-    assert chosen.chosen == 7
+    assert chosen.tree == TREES.first(7)
 
 
 def test_figures_for_left_out_nodes_are_not_used() -> None:
@@ -181,35 +196,128 @@ def test_figures_for_left_out_nodes_are_not_used() -> None:
 
 def test_a_busy_moment_does_not_count() -> None:
     turns = {0: [[2.0, 9.0, 2.0], [90.0] * 3, [2.5] * 3], 1: [[30.0], [3.0], [30.0]]}
-    found = measure_step_times(lambda size: turns[size].pop(0), (0, 1), budget_s=60, say=print)
-    assert found == {0: 2.0, 1: 3.0}
+    found = measure_step_times(
+        lambda tree: turns[tree.num_drafted].pop(0), NestedTree(((0,),)), 64, budget_s=60, say=print
+    )
+    assert found == ({0: 2.0, 1: 3.0}, 0.0)
 
 
 class Machine:
-    """A clock, and a measurement that takes `seconds(size)` on it."""
+    """A clock, and a measurement that takes `seconds` by nodes on it, and `per_depth` more for each depth."""
 
-    def __init__(self, seconds: dict[int, float]) -> None:
-        self.now, self.seconds, self.order = 0.0, seconds, []  # type: tuple[float, dict[int, float], list[int]]
+    def __init__(self, seconds: Mapping[int, float], per_depth: float = 0.0) -> None:
+        self.now, self.seconds, self.per_depth = 0.0, seconds, per_depth
+        self.order: list[tuple[Choice, ...]] = []
 
-    def measure(self, size: int) -> list[float]:
-        self.order.append(size)
-        self.now += self.seconds[size]
-        return [1e3 * self.seconds[size]] * 2
+    def measure(self, tree: CandidateTree) -> list[float]:
+        self.order.append(tree.choices)
+        taken = self.seconds[tree.num_drafted] + self.per_depth * tree.max_depth
+        self.now += taken
+        return [1e3 * taken] * 2
+
+    def times(self, trees: NestedTree, budget_s: float) -> StepTimes:
+        return measure_step_times(
+            self.measure, trees, 63, budget_s=budget_s, say=print, clock=lambda: self.now
+        )  # fmt: skip
+
+
+CHAIN, FLAT = CandidateTree.chain(4).choices, ((0,), (1,), (2,), (3,))
 
 
 def test_a_fast_machine_is_measured_in_rounds() -> None:
-    machine = Machine({0: 0.01, 2: 0.02, 4: 0.015, 8: 0.03})
-    found = measure_step_times(machine.measure, (0, 2, 4, 8), budget_s=5, say=print, clock=lambda: machine.now)
-    assert machine.order == [0, 2, 4, 8] * 3
-    assert found == pytest.approx({0: 10.0, 2: 15.0, 4: 15.0, 8: 30.0})  # a larger tree is never the cheaper one
+    trees = NestedTree(BUNDLED.order[:5])
+    machine = Machine({0: 0.01, 1: 0.012, 2: 0.02, 3: 0.021, 4: 0.022, 5: 0.0165}, per_depth=0.001)
+    found = machine.times(trees, budget_s=5)
+    sizes = [trees.first(size).choices for size in range(6)]
+    assert machine.order == [*sizes[:3], CHAIN, FLAT, sizes[3], sizes[5]] * 3  # the chain is the tree of 4, too
+    # A larger tree is never the cheaper one.
+    assert found.by_nodes == pytest.approx({0: 10.0, 1: 13.0, 2: 20.5, 3: 20.5, 4: 20.5, 5: 20.5})
+    assert found.per_depth == pytest.approx(1.0)
 
 
 def test_a_slow_machine_stops_at_its_budget() -> None:
-    """The budget begins behind the first three sizes, which may have compiled kernels for all."""
-    machine = Machine(dict.fromkeys(SIZES, 1.5))
-    found = measure_step_times(machine.measure, SIZES, budget_s=2, say=print, clock=lambda: machine.now)
-    assert machine.order == [0, 1, 2, 3, 4]
-    assert list(found) == [0, 1, 2, 3, 4]
+    """The budget begins behind the first three trees, which may have compiled kernels for all."""
+    machine = Machine(dict.fromkeys(range(64), 1.5))
+    assert list(machine.times(BUNDLED, budget_s=2).by_nodes) == [0, 1, 2, 4]
+    assert len(machine.order) == 5
+
+
+def test_noise_gives_a_depth_no_cost_that_cannot_be() -> None:
+    """Between nothing, and all that one drafted node costs."""
+    for flat_ms, per_depth in ((9.0, 0.0), (1.0, 0.5), (3.5, 0.5), (4.7, 0.1)):
+        step_ms = {(0, 0): 2.0, (1, 1): 2.5, (4, 1): flat_ms}
+        found = measure_step_times(
+            lambda tree: [step_ms.get((tree.num_drafted, tree.max_depth), 5.0)],  # noqa: B023
+            BUNDLED, 63, budget_s=9, say=print,
+        )  # fmt: skip
+        assert found.per_depth == pytest.approx(per_depth)
+
+
+def rows_cost(per_node: float) -> dict[int, float]:
+    """Seconds of a step by drafted nodes, without what its depths cost."""
+    return {nodes: 0.01 + per_node * nodes for nodes in range(64)}
+
+
+def test_a_depth_s_cost_changes_the_choice() -> None:
+    """Plain steps of 10 ms and 0.4 ms a node: at 2 ms a depth no head behind the second one is worth its turn."""
+    free, dear = (Machine(rows_cost(0.0004), per_depth=cost).times(BUNDLED, budget_s=60) for cost in (0.0, 0.002))
+    assert (free.per_depth, dear.per_depth) == pytest.approx((0.0, 2.0))
+    assert chosen_by(tuner(free.by_nodes, BUNDLED, free.per_depth)) == (5, 4)
+    shallow = tuner(dear.by_nodes, BUNDLED, dear.per_depth)
+    blind = tuner(dear.by_nodes, BUNDLED)  # the same times, but no word of depths
+    assert (chosen_by(shallow), chosen_by(blind)) == ((5, 2), (2, 2))
+    report = shallow.report()
+    assert (report["chosen"], report["depths"][5], report["depth_ms"]) == (5, 2, pytest.approx(2.0))
+    assert report["step_ms"][5] == pytest.approx(10 + 0.4 * 5 + 2.0 * 2)
+    assert report["expected_gain"] > 1.05 * blind.report()["expected_gain"]
+    assert report["reason"].startswith("5 drafted nodes, at most 2 deep, bring 2.44 tokens a step for 1.60x")
+
+
+def test_an_expectation_is_the_sum_of_its_nodes_chances() -> None:
+    chosen = tuner(dict.fromkeys(SIZES, 3.0), BUNDLED, 1.0)
+    gains = dict(zip(BUNDLED.order, [after - before for before, after in pairwise(BUNDLED.expected)], strict=True))
+    report = chosen.report()
+    for nodes, depth in report["depths"].items():
+        tree = BUNDLED.first(nodes, depth)
+        assert report["tokens_per_step"][nodes] == pytest.approx(1 + sum(gains[c] for c in tree.choices), abs=1e-3)
+
+
+def test_where_heads_cost_more_than_they_bring_decoding_is_plain() -> None:
+    times = Machine(rows_cost(0.0001), per_depth=0.03).times(BUNDLED, budget_s=60)
+    report = tuner(times.by_nodes, BUNDLED, times.per_depth).report()
+    assert report["chosen"] == 0
+    assert report["reason"].startswith("No tree pays here")
+    assert "at most 1 deep" in report["reason"]
+
+
+def test_every_candidate_is_a_tree_of_the_likeliest_nodes() -> None:
+    for trees in (BUNDLED, TREES):
+        for depth in range(1, trees.max_depth + 1):
+            allowed = [choice for choice in trees.order if len(choice) <= depth]
+            for nodes in range(len(allowed) + 1):
+                tree = trees.first(nodes, depth)
+                assert set(tree.choices) == set(allowed[:nodes])
+                assert tree.max_depth <= depth
+                assert all(parent < node for node, parent in enumerate(tree.parents))
+        assert trees.first(9, trees.max_depth) == trees.first(9)
+
+
+def test_answers_tell_of_the_nodes_in_their_tree_alone() -> None:
+    """With a flat tree deep nodes go unseen; what was seen scales them, and they come back where they pay."""
+    times = {0: 10.0, 2: 14.0, 5: 17.0, 7: 18.0}
+    chosen = tuner(times, BUNDLED, 0.9)
+    flat = BUNDLED.first(7, 1)
+    chosen.learn(flat, paths_accepting(flat, [1] * 100 + [2] * 20))
+    places = [place for place, choice in enumerate(BUNDLED.order) if len(choice) == 1][:7]
+    assert [place for place, steps in enumerate(chosen._seen.steps) if steps] == places
+    assert chosen._seen.accepted[places[1]] == 20
+    before = chosen.tree
+    for _ in range(300):
+        chosen.learn(flat, paths_accepting(flat, [0] * 200))
+    assert chosen.tree.num_drafted == 0 < before.num_drafted
+    for _ in range(300):
+        chosen.learn(BUNDLED.first(7), paths_accepting(BUNDLED.first(7), [BUNDLED.first(7).num_drafted] * 200))
+    assert chosen.tree.max_depth > 1
 
 
 class ScriptedLoop:
@@ -229,20 +337,21 @@ def test_the_timer_warms_up_and_always_starts_from_the_same_text() -> None:
     log: list[object] = []
     timer = StepTimer(
         loop=lambda heads: ScriptedLoop(log, heads),
-        tree=TREES.first,
         truncate=lambda length: log.append(length),
         prompt=[1, 2, 3, 4],
         warm_steps=2,
     )
-    assert timer(3) == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]  # 60 ms of them, after four
-    assert timer(0) == [150.0]  # long steps: few of them will do
+    assert timer(TREES.first(3)) == [4.0, 5.0, 6.0, 7.0, 8.0, 9.0, 10.0, 11.0]  # 60 ms of them, after four
+    assert timer(TREES.first(0)) == [150.0]  # long steps: few of them will do
     assert log == [0, (False, [1, 2, 3]), (True, [4]), 3, (False, [4])]
 
 
 def test_the_engine_shows_its_choice_and_uses_it(engine: Engine) -> None:
     tuning = engine.info.tuning
     assert tuning is not None
-    assert set(tuning) == {"nodes", "step_ms", "tokens_per_step", "chosen", "reason", "expected_gain"}
+    assert set(tuning) == {
+        "nodes", "depths", "step_ms", "tokens_per_step", "depth_ms", "chosen", "reason", "expected_gain"
+    }  # fmt: skip
     assert tuning["nodes"][0] == 0
     assert all(tuning["step_ms"][size] > 0 for size in tuning["nodes"])
     assert tuning["chosen"] in tuning["nodes"]
@@ -264,6 +373,19 @@ def test_no_paying_tree_makes_the_engine_decode_plainly(engine: Engine, monkeypa
     assert (plain.medusa, plain.tree_nodes, plain.tokens_per_step) == (False, 0, 1.0)
     assert drafted.tree_nodes == 3
     assert plain.tokens == drafted.tokens
+
+
+def test_texts_do_not_depend_on_how_deep_the_tree_is(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    answers = []
+    for depth in (0, 1, 2, 4):
+        with monkeypatch.context() as patch:
+            learner = tuner(KNEE, engine._trees)
+            learner.tree = engine._trees.first(7, depth)
+            patch.setattr(engine, "_tuner", learner)
+            *_, last = engine.stream(QUESTION, SamplingParams(max_tokens=30))
+            answers.append(last.result)
+    assert [result.tree_nodes for result in answers if result] == [0, 7, 7, 7]
+    assert len({result.tokens for result in answers if result}) == 1
 
 
 def test_the_engine_learns_from_its_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,9 +10,9 @@ from statistics import median
 from typing import Any, Protocol
 
 from engine.captured_decode import make_loop
-from engine.decode import PLAIN
 from engine.engine import Engine
 from engine.sampling import SamplingParams
+from engine.tree import CandidateTree
 
 __all__ = ["Contender", "Own", "Run", "spread"]
 
@@ -57,18 +57,17 @@ class Contender(Protocol):
 
 
 class Own:
-    """This engine with a tree of `nodes` drafted nodes; 0 decodes plainly."""
+    """This engine with `tree`; the root alone decodes plainly."""
 
-    def __init__(self, engine: Engine, nodes: int) -> None:
-        self._engine, self._nodes = engine, nodes
-        self.name = f"Medusa on, {nodes} nodes" if nodes else "Medusa off"
+    def __init__(self, engine: Engine, tree: CandidateTree) -> None:
+        self._engine, self._tree = engine, tree
+        self.name = f"Medusa on, {tree.num_drafted} nodes" if tree.num_drafted else "Medusa off"
 
     def run(self, prompt: Sequence[int], max_tokens: int, ends: Ends) -> Run:
-        engine, nodes = self._engine, self._nodes
+        engine, tree = self._engine, self._tree
         engine._runner.truncate(0)
         engine._cached = []
-        loop = make_loop(engine._runner, engine._drafter if nodes else None, SamplingParams(), 0)
-        tree = engine._trees.first(nodes) if nodes else PLAIN
+        loop = make_loop(engine._runner, engine._drafter if tree.num_drafted else None, SamplingParams(), 0)
         started = time.perf_counter()
         first = loop.prefill(prompt)
         begun = last = time.perf_counter()

@@ -75,7 +75,7 @@ def _token(runner: NativeRunner, place: int) -> int:
 
 
 def _time_step(runner: NativeRunner, tree: CandidateTree) -> dict[str, float]:
-    tokens = torch.tensor([_token(runner, node) for node in range(tree.num_nodes)])
+    tokens = [_token(runner, node) for node in range(tree.num_nodes)]
     started = time.perf_counter()
     with runner.measure() as parts:
         hidden = runner.verify(tokens, tree)

@@ -60,18 +60,18 @@ def _memory(setup: Setup) -> dict[str, Any]:
     from engine.bench.contenders import Own
     from engine.bench.contexts import prompt_of
     from engine.bench.loading import load_engine
+    from engine.decode import PLAIN
 
     on_gpu = _gpu_memory(setup["device"])
     tokenizer = 0 if on_gpu else _tokenizer_bytes(setup["model"])
     before = on_gpu() if on_gpu else _resident()
     engine = load_engine(**setup)
     loaded = on_gpu() if on_gpu else _resident()
-    tuning = engine.info.tuning
-    nodes = tuning["chosen"] if tuning else 0
+    chosen = engine._tuner.tree if engine._tuner else PLAIN
     length = min(_CONTEXT, engine.info.max_context - 2 * _ANSWER)
     _reset_peak(bool(on_gpu))
-    for drafted in dict.fromkeys((0, nodes)):
-        Own(engine, drafted).run(prompt_of(engine, length), _ANSWER, frozenset())
+    for tree in dict.fromkeys((PLAIN, chosen)):
+        Own(engine, tree).run(prompt_of(engine, length), _ANSWER, frozenset())
     peak = (on_gpu() if on_gpu else _peak()) - before
     engine._runner.prefill(prompt_of(engine, length + _ANSWER))  # the cache as it was at the answer's end
     parts = {**engine.memory_table(), "tokenizer (measured)": tokenizer}

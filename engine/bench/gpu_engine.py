@@ -169,7 +169,7 @@ class Bench:
             tree = self.tree(drafted)
             for _ in range(2):
                 draft = self.drafter.draft(self.runner.memory.state[0].clone(), 5, tree)
-                self.runner.verify(torch.tensor(draft.tokens), tree)
+                self.runner.verify(draft.tokens, tree)
             found[drafted] = {
                 "draft_ms": self._replay_ms(("draft", tree, self.drafter)),
                 "verify_ms": self._replay_ms(("verify", tree)),

@@ -65,14 +65,16 @@ def _answers(part: Mapping[str, Any]) -> str:
 def _tuning(part: Mapping[str, Any]) -> str:
     times = {int(size): ms for size, ms in part["step_ms"].items()}  # JSON has turned sizes into text
     tokens = {int(size): value for size, value in part["tokens_per_step"].items()}
+    depths = {int(size): str(depth) for size, depth in part.get("depths", {}).items()}  # older results lack them
     rows = []
     for size, ms in times.items():
         expected, gain = "-", "-"
         if size in tokens:
             expected, gain = f"{tokens[size]:.2f}", f"{tokens[size] * times[0] / ms:.2f}x"
         mark = " <- chosen" if size == part["chosen"] else ""
-        rows.append((str(size), f"{ms:.2f}", f"{ms / times[0]:.2f}x", expected, gain + mark))
-    head = ("drafted nodes", "step, ms", "to plain", "tokens/step", "expected gain")
+        row = (str(size), depths.get(size, "-"), f"{ms:.2f}", f"{ms / times[0]:.2f}x", expected, gain + mark)
+        rows.append(row)
+    head = ("drafted nodes", "depth", "step, ms", "to plain", "tokens/step", "expected gain")
     return f"{_table(head, rows)}\n{part['reason']}"
 
 

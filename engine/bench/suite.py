@@ -19,6 +19,7 @@ from engine.bench.hardware import describe, usable_cores
 from engine.bench.loading import load_engine
 from engine.bench.peer_process import PeerError, PeerProcess, ProcessContender, why_no_llama_cpp
 from engine.build import choose_device
+from engine.decode import PLAIN
 from engine.engine import Engine
 from engine.models.loader import bundled_path, open_model
 
@@ -94,8 +95,8 @@ def run_suite(setup: Setup, plan: Plan, say: Say) -> dict[str, Any]:
     }
     say("Loading the engine")
     engine = load_engine(**setup, progress=say)
-    chosen = _tree_size(engine)
-    own: list[Contender] = [Own(engine, 0), *([Own(engine, chosen)] if chosen else [])]
+    # Where plain decoding was chosen, the best tree all the same, so that both are shown.
+    own: list[Contender] = [Own(engine, PLAIN), *([Own(engine, engine._tuner.best)] if engine._tuner else [])]
     peers = _start_peers(setup, engine, plan, say)
     try:
         report = {
@@ -118,16 +119,6 @@ def run_suite(setup: Setup, plan: Plan, say: Say) -> dict[str, Any]:
 def _load() -> float:
     """Return how many programs wanted a core in the last minute; 0 where the system does not tell."""
     return round(os.getloadavg()[0], 2) if hasattr(os, "getloadavg") else 0.0
-
-
-def _tree_size(engine: Engine) -> int:
-    """Return the tuned size; where plain decoding was chosen, the best tree all the same, so that both are shown."""
-    tuning = engine.info.tuning
-    if tuning is None:
-        return 0
-    tokens, times = tuning["tokens_per_step"], tuning["step_ms"]
-    known = [size for size in tokens if size > 0]
-    return tuning["chosen"] or max(known, key=lambda size: tokens[size] / times[size], default=0)
 
 
 def _part(measure: Callable[[], Any]) -> Any:

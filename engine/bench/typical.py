@@ -66,7 +66,7 @@ def chances_of(runner: Runner, prompt: Sequence[int], answer: Sequence[int], par
     runner.truncate(0)
     hidden = [runner.prefill(prompt).unsqueeze(0)]
     for start in range(0, len(answer) - 1, _CHAIN):
-        piece = torch.tensor(answer[start : min(start + _CHAIN, len(answer) - 1)])
+        piece = answer[start : min(start + _CHAIN, len(answer) - 1)]
         hidden.append(runner.verify(piece, CandidateTree.chain(len(piece) - 1)))
         runner.commit(range(len(piece)))
     tokens = torch.tensor(answer, device=runner.device)

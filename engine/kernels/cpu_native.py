@@ -9,7 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Sequence
-from ctypes import c_char_p, c_int, c_size_t, c_void_p
+from ctypes import Array, c_char_p, c_int, c_int32, c_int64, c_size_t, c_void_p
 from functools import cache, cached_property
 
 import torch
@@ -28,6 +28,7 @@ __all__ = [
     "Signatures",
     "declare",
     "default_threads",
+    "int32s",
     "load_library",
     "pointer",
     "release_with",
@@ -80,9 +81,15 @@ def pointer(tensor: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> int:
     """Return the address of a contiguous CPU tensor, once it is what C was promised."""
     if tensor.dtype != dtype or tuple(tensor.shape) != tuple(shape):
         raise ValueError(f"Expected {dtype} of shape {tuple(shape)}, got {tensor.dtype} of {tuple(tensor.shape)}.")
-    if tensor.device.type != "cpu" or not tensor.is_contiguous():
+    if not tensor.is_cpu or not tensor.is_contiguous():
         raise ValueError(f"Expected a contiguous CPU tensor, got strides {tensor.stride()} on {tensor.device}.")
     return tensor.data_ptr()
+
+
+def int32s(values: Sequence[int]) -> Array[c_int32]:
+    """Return a few integers as C reads them. A decode step finds its caches swept by the weights, and each torch call
+    costs it microseconds there; this costs less than one."""
+    return (c_int32 * len(values))(*values)
 
 
 def release_with(owner: object, release: Callable[[int], None], handle: int) -> None:
@@ -115,7 +122,7 @@ class NativeThreads:
             raise CpuKernelsUnavailableError(f"{self.count} threads cannot be started; 1 to 64 are possible.")
         release_with(self, self.library.threads_free, self.handle)
         self.lock = threading.Lock()  # one call at a time: they share the work memory
-        self._work = torch.empty(0, dtype=torch.uint8)
+        self._work, self._work_for = torch.empty(0, dtype=torch.uint8), {}  # type: Tensor, dict[int, int]
 
     @cached_property
     def path_name(self) -> str:
@@ -124,10 +131,13 @@ class NativeThreads:
 
     def work(self, inputs: int) -> int:
         """Return the address of work memory for a linear over `inputs`, to use while holding the lock."""
-        needed = self.library.linear_work(inputs) + 64
-        if self._work.numel() < needed:
-            self._work = torch.empty(needed, dtype=torch.uint8)
-        return (self._work.data_ptr() + 63) // 64 * 64
+        if inputs not in self._work_for:
+            needed = self.library.linear_work(inputs) + 64
+            if self._work.numel() < needed:
+                self._work = torch.empty(needed, dtype=torch.uint8)
+                self._work_for.clear()
+            self._work_for[inputs] = (self._work.data_ptr() + 63) // 64 * 64
+        return self._work_for[inputs]
 
     def top_k(self, x: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Return the k largest of each row of float32 [rows, n] and their indices, the lower first among equals."""
@@ -196,34 +206,22 @@ class NativeLinear(nn.Module):
         return cls(threads, NativeMatrix(NativeArena([packed]), packed))
 
     def forward(self, x: Tensor) -> Tensor:
-        rows = self._rows(x)
+        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
         out = torch.empty(len(rows), self.matrix.shape[0])
-        self._call("linear_run", rows, out)
+        self._call(self.threads.library.linear_run, rows, out.data_ptr())
         return out.view(*x.shape[:-1], -1)
 
-    def argmax(self, x: Tensor) -> Tensor:
-        """Return each row's largest output, the lowest index among equals: [rows, k] -> int64 [rows]."""
-        rows = self._rows(x)
-        best = torch.empty(len(rows), dtype=torch.int64)
-        self._call("linear_argmax", rows, best)
-        return best
+    def argmax(self, x: Tensor) -> list[int]:
+        """Return each row's largest output, the lowest index among equals, for contiguous float32 [rows, k]."""
+        best = (c_int64 * len(x))()
+        self._call(self.threads.library.linear_argmax, x, best)
+        return best[:]
 
-    def _call(self, function: str, rows: Tensor, out: Tensor) -> None:
-        threads = self.threads
+    def _call(self, function: Callable[..., None], rows: Tensor, out: object) -> None:
+        threads, count, inputs = self.threads, len(rows), self.matrix.shape[1]
+        address = pointer(rows, torch.float32, (count, inputs))
         with threads.lock:
-            getattr(threads.library, function)(
-                threads.handle,
-                self.matrix.handle,
-                rows.data_ptr(),
-                len(rows),
-                out.data_ptr(),
-                threads.work(self.matrix.shape[1]),
-            )
-
-    def _rows(self, x: Tensor) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1]).float().contiguous()
-        pointer(rows, torch.float32, (len(rows), self.matrix.shape[1]))
-        return rows
+            function(threads.handle, self.matrix.handle, address, count, out, threads.work(inputs))
 
 
 def to_q8(weight: DenseWeight) -> Q8Symmetric:

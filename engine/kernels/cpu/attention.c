@@ -290,10 +290,13 @@ static void compute_all(Rows *rows, int left) {
     }
 }
 
-/* Rows of one item: enough items for all threads, and as many rows as share their reads within one. */
+/* Rows of one item: enough items for all threads, as many rows as share their reads within one, and a head's items
+ * about as long as each other, in threes, which kernels take whole. */
 static int rows_per_item(const Attention *a, int num_threads) {
-    const int even = a->num_heads * a->num_nodes / (2 * num_threads);
-    return even < 1 ? 1 : even > MOST_ROWS ? MOST_ROWS : even;
+    const int even = a->num_heads * a->num_nodes / (2 * num_threads), rows = a->num_nodes * a->group;
+    const int most = even < 1 ? 1 : even > MOST_ROWS ? MOST_ROWS : even, items = (rows + most - 1) / most;
+    const int each = (rows + items - 1) / items, threes = (each + 2) / 3 * 3;
+    return each < 3 || threes > MOST_ROWS ? each : threes;
 }
 
 static int items_per_head(const Attention *a, int num_threads) {
