@@ -16,6 +16,14 @@ from engine.cuda_runner import CudaRunner
 from engine.cuda_weights import pack_matrix, require
 from engine.draft import Draft
 from engine.heads import MedusaHead, MedusaHeads, PaperBlock
+from engine.kernels.draft_guesses import (
+    Guessed,
+    ListRoom,
+    can_list,
+    has_integer_products,
+    list_guesses,
+    settle_guesses,
+)
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
 from engine.kernels.linear_inputs import Seen
 from engine.kernels.small_batch_linear import PackedLinear
@@ -48,10 +56,13 @@ class _Head:
 class CudaDrafter:
     """See `engine.draft.Drafter`. `shared_output` is the backbone's `lm_head`, of which truncated heads use rows.
 
-    Raises CudaKernelsUnavailableError for heads of odd sizes.
+    Where `is_fused`, rounds of few rows and guesses take the launches that were made for them. Raises
+    CudaKernelsUnavailableError for heads of odd sizes.
     """
 
-    def __init__(self, heads: MedusaHeads, runner: CudaRunner, shared_output: Weight) -> None:
+    def __init__(
+        self, heads: MedusaHeads, runner: CudaRunner, shared_output: Weight, *, is_fused: bool = True
+    ) -> None:
         config = heads.config
         require(config.hidden_size % 64 == 0, "a multiple of 64 as the heads' hidden size", config.hidden_size)
         require((config.width or 64) % 64 == 0, "a multiple of 64 as the heads' width", config.width)
@@ -69,6 +80,8 @@ class CudaDrafter:
         self._x = torch.zeros(MAX_ROWS, config.hidden_size, dtype=memory.dtype, device=device)
         self._inner = torch.zeros(MAX_ROWS, width, dtype=memory.dtype, device=device)
         self._logits = torch.zeros(0, device=device)
+        self._is_fused = is_fused and has_integer_products(device)
+        self._lists = ListRoom(device)
 
     def draft(self, hidden: Tensor, root: int, tree: CandidateTree) -> Draft:
         """Guess from the hidden state [hidden] behind `root`, the token that the backbone chose there."""
@@ -89,8 +102,13 @@ class CudaDrafter:
     def prepare(self, plan: TreePlan) -> None:
         """Choose how to run every matrix for the rows of this tree."""
         for turn in plan.rounds:
-            self._runner.linear.prepare(self._heads[turn.head].matrices, turn.num_rows)
-            vocab = self._heads[turn.head].output.n
+            *inner, output = self._heads[turn.head].matrices
+            self._runner.linear.prepare(inner, turn.num_rows)
+            if self._can_list(turn):
+                self._lists.reserve(output.n, turn.num_rows, turn.guesses)
+                continue
+            self._runner.linear.prepare([output], turn.num_rows)
+            vocab = output.n
             if self._logits.numel() < turn.num_rows * vocab:
                 self._outgrown.append(self._logits)
                 self._logits = torch.zeros(roomy(turn.num_rows) * vocab, device=self._logits.device)
@@ -99,7 +117,10 @@ class CudaDrafter:
         """Bytes held by the heads and their work memory."""
         matrices = {id(matrix): matrix.num_bytes for head in self._heads for matrix in head.matrices}
         buffers = (self._gathered, self._x, self._inner, self._logits, *self._outgrown)
-        return sum(matrices.values()) + sum(buffer.nbytes for buffer in buffers)
+        return sum(matrices.values()) + sum(buffer.nbytes for buffer in buffers) + self._lists.num_bytes
+
+    def _can_list(self, turn: Round) -> bool:
+        return self._is_fused and can_list(self._heads[turn.head].output, turn.num_rows, turn.guesses)
 
     def _guess(self, plan: TreePlan, turn: Round) -> None:
         runner, head, rows = self._runner, self._heads[turn.head], turn.num_rows
@@ -108,12 +129,23 @@ class CudaDrafter:
         x = self._first_block(first, plan, turn)
         for block in others:
             x = self._block(block, x, x)
+        if self._can_list(turn):
+            self._list(plan, turn, x)
+            return
         logits = self._logits[: rows * head.output.n].view(rows, -1)
         linear(x, head.output, out=logits)
         draft_tokens(
             logits, self._token_map, plan.row_of, plan.rank, memory.tokens, memory.chances,
             guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, table=runner.embedding, load=runner.load,
         )  # fmt: skip
+
+    def _list(self, plan: TreePlan, turn: Round, x: Tensor) -> None:
+        """Guess from what the blocks have left in x [rows, hidden], without scores in between."""
+        runner, output = self._runner, self._heads[turn.head].output
+        lists = self._lists.lists(output.n, turn.num_rows, turn.guesses)
+        guessed = Guessed(plan.row_of, plan.rank, runner.memory.tokens, runner.memory.chances, turn.nodes)
+        list_guesses(x, output, lists, token_map=self._token_map, table=runner.embedding, load=runner.load)
+        settle_guesses(lists, guessed, table=runner.embedding, load=runner.load)
 
     def _first_block(self, block: _Block, plan: TreePlan, turn: Round) -> Tensor:
         """Apply a head's first block to the hidden state and the tokens on the way to each row's node."""
