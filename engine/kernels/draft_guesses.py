@@ -15,7 +15,10 @@ from engine.kernels.linear_config import Decode
 from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 
-__all__ = ["GuessLists", "Guessed", "ListRoom", "can_list", "has_integer_products", "list_guesses", "settle_guesses"]
+__all__ = [
+    "ROOM_BYTES", "GuessLists", "Guessed", "ListRoom", "can_list", "has_integer_products", "list_guesses",
+    "row_defines", "row_stride", "settle_guesses", "token_tiles",
+]  # fmt: skip
 
 MAX_LISTED = 16  # guesses of a row
 MAX_LIST_ROWS = 32
@@ -121,6 +124,11 @@ def token_tiles(rows: int) -> int:
     return 1 << math.ceil(math.log2(math.ceil(rows / 8)))
 
 
+def row_stride(x: Tensor) -> int:
+    """Return the values from a row to the next, 0 where all rows are one."""
+    return x.shape[1] if len(x) > 1 else 0
+
+
 def list_guesses(
     x: Tensor,
     output: PackedLinear,
@@ -131,20 +139,21 @@ def list_guesses(
     table: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> None:
-    """Fill `lists` with the best of x W^T by rows: x [rows, hidden], plus `added` int32 [copies, 8 tiles, hidden].
+    """Fill `lists` with the best of x W^T by rows: x [rows or 1, hidden], plus `added` int32 [copies, 8 tiles, hidden].
 
     `token_map` int32 [vocab] turns the matrix's rows into token ids; among equals the smallest id comes first. With the
     embeddings `table` [tokens, hidden], rows of likely guesses are brought on their way to the GPU's cache.
     """
-    rows, hidden = x.shape
+    rows, hidden = lists.rows, x.shape[1]
     assert can_list(output, rows, lists.guesses) and lists.guesses <= output.n, f"{lists.guesses} guesses of {output.n}"
-    assert x.is_contiguous() and output.k == hidden and lists.rows == rows and lists.places == num_places(output.n)
+    assert x.is_contiguous() and output.k == hidden and len(x) in (1, rows), f"x {tuple(x.shape)} for {rows} rows"
+    assert lists.places == num_places(output.n), f"{lists.places} places for {output.n} tokens"
     copies = 1 if added is None else added.shape[0]
     assert added is None or added.shape[1:] == (8 * token_tiles(rows), hidden), f"sums for {rows} rows"
     shared_bytes = 8 * token_tiles(rows) * (2 * hidden + 16 + 4 * (BLOCK_TOKENS + 4) + 4)
     kernel = load("draft_output.cuh", "draft_output", row_defines(hidden, rows, copies, x.dtype), shared_bytes)
     row_bytes = 0 if table is None else table.shape[1] * table.element_size()
-    arguments = [x, added, output.weights, output.scales, token_map, lists.keys, lists.sums, table, row_bytes]
+    arguments = [x, row_stride(x), added, output.weights, output.scales, token_map, lists.keys, lists.sums, table, row_bytes]
     kernel((lists.places,), 256, [*arguments, rows, output.n, lists.guesses], shared_bytes)
 
 
@@ -162,7 +171,8 @@ def settle_guesses(
     """
     block_rows = max(1, min(8, ROOM_BYTES // lists.row_bytes))
     shared_bytes = block_rows * lists.row_bytes
-    kernel = load("draft_settle.cuh", "draft_settle", (("PLACES", lists.places), *bf16_define(torch.float16)), shared_bytes)
+    defines = (("PLACES", lists.places), *bf16_define(torch.float16))
+    kernel = load("draft_settle.cuh", "draft_settle", defines, shared_bytes)
     row_bytes = 0 if table is None else table.shape[1] * table.element_size()
     arguments = [lists.keys, lists.sums, guessed.row_of, guessed.rank_of, guessed.tokens, guessed.chances, table]
     arguments += [row_bytes, cleared, 0 if cleared is None else cleared.nbytes // 16, lists.rows, block_rows]

@@ -47,11 +47,11 @@ __device__ __forceinline__ void keep_best(
     if (lane == 0 && table && mine) prefetch_l2(table + (long long)index_of(mine) * row_bytes, row_bytes);
 }
 
-// Grid: PLACES, of 256 threads. x [rows, HIDDEN], to which `added` (sums as in integer_rows.cuh, or null) is added;
+// Grid: PLACES, of 256 threads. x [1 or rows, HIDDEN], x_stride values apart, to which `added` (sums as in integer_rows.cuh, or null) is added;
 // weights int8 [n, HIDDEN] in tiles, scales float2 [n / 2]; token_map [n] or null; keys [rows, guesses, gridDim.x], sums
 // [rows, gridDim.x]. The embedding of each place's best token is asked for ahead, where there is a table.
 extern "C" __global__ void __launch_bounds__(256, 2) draft_output(
-    const u16* x, const int* added, const uint4* weights, const float2* scales, const int* token_map, u64* keys,
+    const u16* x, int x_stride, const int* added, const uint4* weights, const float2* scales, const int* token_map, u64* keys,
     float* sums, const u8* table, int row_bytes, int rows, int n, int guesses) {
     DYNAMIC_SHARED(shared);
     u8* planes = shared;
@@ -76,7 +76,7 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_output(
     wait_for_previous_kernel();  // weights and maps are never written; all else may be the previous kernel's
     for (int row = warp; row < rows; row += 8) {
         float2 pairs[PAIRS];
-        add_up(pairs, load_summed(x + (long long)row * HIDDEN, added ? added + row * HIDDEN : nullptr, lane));
+        add_up(pairs, load_summed(x + row * x_stride, added ? added + row * HIDDEN : nullptr, lane));
         const float scale = write_planes(planes + row * ROW_PITCH, pairs, lane);
         if (lane == 0) row_scales[row] = scale;
     }

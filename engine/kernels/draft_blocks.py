@@ -1,0 +1,99 @@
+"""A draft head's wide block as one launch, which adds to sums in fixed point (cuda/draft_block.cuh).
+
+The launch may settle the guesses of the head before on its way. How rounds are put together is known in
+`engine.cuda_rounds`.
+"""
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from engine.kernels.draft_guesses import ROOM_BYTES, Guessed, GuessLists, row_defines, row_stride, token_tiles
+from engine.kernels.linear_config import Decode
+from engine.kernels.linear_inputs import Seen
+from engine.kernels.nvrtc import load_kernel
+from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
+
+__all__ = ["MAX_BLOCK_ROWS", "Unsettled", "add_block", "can_add_block", "can_merge"]
+
+MAX_BLOCK_ROWS = 16
+MAX_HIDDEN = 768
+MAX_BLOCKS = 64  # of 64 input features, whose weights a thread block has in registers
+THREADS, WARPS = 256, 8
+
+
+@dataclass(frozen=True)
+class Unsettled:
+    """Guesses that are still in lists, and the sums that nobody needs once they are made (int32, cleared with them)."""
+
+    lists: GuessLists
+    guessed: Guessed
+    sums: Tensor | None
+
+
+def can_add_block(up: PackedLinear, down: PackedLinear, rows: int) -> bool:
+    """Say whether the launch covers the matrices of a block, and so many rows."""
+    is_int8 = up.decode == down.decode == Decode.INT8
+    return is_int8 and down.n <= MAX_HIDDEN and up.k // 64 <= MAX_BLOCKS and up.n % 64 == 0 and rows <= MAX_BLOCK_ROWS
+
+
+def can_merge(lists: GuessLists) -> bool:
+    """Say whether every thread block can merge these lists for itself."""
+    return lists.rows * lists.row_bytes <= ROOM_BYTES and lists.rows <= 16
+
+
+def add_block(
+    base: Tensor,
+    up: PackedLinear,
+    down: PackedLinear,
+    sums: Tensor,
+    *,
+    rows: int,
+    added: Tensor | None = None,
+    x_out: Tensor | None = None,
+    seen: Seen | None = None,
+    unsettled: Unsettled | None = None,
+    merges: bool = False,
+    load: LoadKernel = load_kernel,
+) -> None:
+    """Add D silu(U x) to `sums`, int32 [copies, 8 tiles, hidden] that are zero, for so many rows x [rows, hidden].
+
+    x is `base` [1 or rows, hidden] with what was `added` to it (sums of the block before), and goes to `x_out` [rows,
+    hidden] where that is asked for. With `seen`, x is put together from the hidden state `base` and tokens' embeddings.
+    Guesses that are `unsettled` get settled; with `merges` the last token that each row sees is one of them.
+    """
+    hidden, width, num_seen = down.n, up.n, up.k // down.n - 1
+    copies, tiles = sums.shape[0], token_tiles(rows)
+    assert can_add_block(up, down, rows) and (seen is not None) == (num_seen > 0), f"{num_seen} tokens, {rows} rows"
+    assert sums.shape == (copies, 8 * tiles, hidden) and (added is None or added.shape == sums.shape)
+    assert base.shape[1] == hidden and len(base) in (1, rows) and (not seen or len(base) == 1)
+    assert not (unsettled and seen) or unsettled.guessed.tokens is seen.tokens, "one tree's tokens"
+    assert not merges or (unsettled is not None and num_seen > 1 and can_merge(unsettled.lists)), "lists to merge"
+    places = unsettled.lists.places if unsettled else 0
+    defines = (("SEEN", num_seen), ("WIDTH", width), ("PLACES", places), ("MERGED", int(merges)))
+    defines = (*defines, ("ROOM_BYTES", ROOM_BYTES if unsettled else 0), *row_defines(hidden, rows, copies, base.dtype))
+    shared_bytes = _shared_bytes(hidden, num_seen, tiles, unsettled, merges)
+    kernel = load("draft_block.cuh", "draft_block", defines, shared_bytes)
+    arguments = [base, row_stride(base), added, x_out, up.weights, up.scales, down.weights, down.scales, sums, rows]
+    arguments += [seen.table, seen.record, seen.ancestor_at, seen.row_nodes] if seen else [None] * 4
+    arguments += _settling(unsettled) if unsettled else [None] * 4 + [seen and seen.tokens, None, None] + [0] * 5
+    kernel((width // 16 + (unsettled is not None),), THREADS, arguments, shared_bytes)
+
+
+def _settling(unsettled: Unsettled) -> list[Tensor | int | None]:
+    lists, guessed, sums = unsettled.lists, unsettled.guessed, unsettled.sums
+    numbers = [0 if sums is None else sums.nbytes // 16, lists.rows, lists.guesses]
+    tables = [lists.keys, lists.sums, guessed.row_of, guessed.rank_of, guessed.tokens, guessed.chances, sums]
+    return [*tables, *numbers, guessed.nodes.start, guessed.nodes.stop]
+
+
+def _shared_bytes(hidden: int, num_seen: int, tiles: int, unsettled: Unsettled | None, merges: bool) -> int:
+    """Return the dynamic shared memory: rows and their scales, then lists or what warps exchange; or the clerk's."""
+    rows = 8 * tiles * num_seen + 1 if num_seen else 8 * tiles
+    exchange = tiles * (WARPS * 512 + 256)
+    lists = unsettled.lists.rows * unsettled.lists.row_bytes if unsettled and merges else 0
+    clerk = 0
+    if unsettled:
+        row_bytes = unsettled.lists.row_bytes
+        clerk = max(1, min(8, ROOM_BYTES // row_bytes)) * row_bytes
+    return max(rows * (2 * hidden + 16) + -(-rows // 4) * 16 + max(exchange, lists), clerk)
