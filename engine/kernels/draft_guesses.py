@@ -153,8 +153,9 @@ def list_guesses(
     shared_bytes = 8 * token_tiles(rows) * (2 * hidden + 16 + 4 * (BLOCK_TOKENS + 4) + 4)
     kernel = load("draft_output.cuh", "draft_output", row_defines(hidden, rows, copies, x.dtype), shared_bytes)
     row_bytes = 0 if table is None else table.shape[1] * table.element_size()
-    arguments = [x, row_stride(x), added, output.weights, output.scales, token_map, lists.keys, lists.sums, table, row_bytes]
-    kernel((lists.places,), 256, [*arguments, rows, output.n, lists.guesses], shared_bytes)
+    arguments = [x, row_stride(x), added, output.weights, output.scales, token_map, lists.keys, lists.sums]
+    arguments += [table, row_bytes, rows, output.n, lists.guesses]
+    kernel((lists.places,), 256, arguments, shared_bytes)
 
 
 def settle_guesses(
