@@ -16,8 +16,7 @@ from engine.cuda_runner import CudaRunner
 from engine.cuda_weights import require
 from engine.draft import Draft
 from engine.heads import MedusaHeads
-from engine.kernels.draft_blocks import Unsettled
-from engine.kernels.draft_guesses import has_integer_products
+from engine.kernels.draft_guesses import Unsettled, has_integer_products
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
 from engine.kernels.linear_inputs import Seen
 from engine.tree import CandidateTree
@@ -63,16 +62,25 @@ class CudaDrafter:
         plan, memory = self._runner.plan(tree, self), self._runner.memory
         memory.state.copy_(hidden.view(1, -1))
         self._runner.set_root(root)
-        self._runner.graphs.run(("draft", tree, self), lambda: self.launch(plan))
+        self._runner.graphs.run(("draft", tree, self), lambda: self.settle(self.launch(plan)))
         tokens, chances = memory.tokens[: plan.num_nodes].tolist(), memory.chances[: plan.num_nodes].tolist()
         return Draft([root, *tokens[1:]], chances)
 
-    def launch(self, plan: TreePlan) -> None:
-        """Fill the tree from the memory's hidden state and the record's bonus token."""
+    def launch(self, plan: TreePlan) -> Unsettled | None:
+        """Fill the tree from the memory's hidden state and the record's bonus token.
+
+        What is returned are the last guesses, for the launch that needs them (or `settle`) to make tokens of.
+        """
         unsettled: Unsettled | None = None
         for turn in plan.rounds:
             unsettled = self._guess(plan, turn, unsettled)
-        self._settle(unsettled)
+        return unsettled
+
+    def settle(self, unsettled: Unsettled | None) -> None:
+        """Give the nodes of unsettled guesses their tokens, if there are such."""
+        if unsettled is not None:
+            assert self._fused is not None
+            self._fused.settle(unsettled)
 
     def prepare(self, plan: TreePlan) -> None:
         """Choose how to run every matrix for the rows of this tree."""
@@ -102,7 +110,7 @@ class CudaDrafter:
         runner, head, fused = self._runner, self._heads[turn.head], self._fused
         if fused and fused.can_run(turn):
             return fused.run(plan, turn, unsettled)
-        self._settle(unsettled)
+        self.settle(unsettled)
         first, *others = head.blocks
         x = self._first_block(first, plan, turn)
         for block in others:
@@ -116,11 +124,6 @@ class CudaDrafter:
             guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, table=runner.embedding, load=runner.load,
         )  # fmt: skip
         return None
-
-    def _settle(self, unsettled: Unsettled | None) -> None:
-        if unsettled is not None:
-            assert self._fused is not None
-            self._fused.settle(unsettled)
 
     def _first_block(self, block: PackedBlock, plan: TreePlan, turn: Round) -> Tensor:
         """Apply a head's first block to the hidden state and the tokens on the way to each row's node."""

@@ -1,8 +1,8 @@
 """Rounds of drafting in few launches: one a wide block, one for the output, none for the guesses themselves.
 
-A round's guesses stay in lists until the launch that needs them settles them: the next round's first, or one of their
-own at the end. Blocks add to sums, which are zero again once that round's guesses are settled. Which heads and rounds
-this covers is known in the kernels' modules; the drafter has another way for the rest.
+A round's guesses stay in lists until the launch that needs them settles them: the next round's first, or the
+backbone's. Blocks add to sums, which are zero again once that round's guesses are settled. Which heads and rounds this
+covers is known in the kernels' modules; the drafter has another way for the rest.
 """
 
 from collections.abc import Sequence
@@ -13,8 +13,16 @@ from torch import Tensor
 from engine.cuda_heads import PackedHead
 from engine.cuda_plan import Round, TreePlan
 from engine.cuda_runner import CudaRunner
-from engine.kernels.draft_blocks import MAX_BLOCK_ROWS, Unsettled, add_block, can_add_block, can_merge
-from engine.kernels.draft_guesses import Guessed, ListRoom, can_list, list_guesses, settle_guesses, token_tiles
+from engine.kernels.draft_blocks import MAX_BLOCK_ROWS, add_block, can_add_block, can_merge
+from engine.kernels.draft_guesses import (
+    Guessed,
+    ListRoom,
+    Unsettled,
+    can_list,
+    list_guesses,
+    settle_guesses,
+    token_tiles,
+)
 from engine.kernels.linear_inputs import Seen
 
 __all__ = ["FusedRounds"]
@@ -87,10 +95,7 @@ class FusedRounds:
 
     def settle(self, unsettled: Unsettled) -> None:
         """Give the nodes their guesses by a launch."""
-        runner = self._runner
-        settle_guesses(
-            unsettled.lists, unsettled.guessed, table=runner.embedding, cleared=unsettled.sums, load=runner.load
-        )
+        settle_guesses(unsettled, table=self._runner.embedding, load=self._runner.load)
 
     def _sums_of(self, turn: Round, num_blocks: int) -> Tensor:
         """Return a round's sums [blocks, copies, 8 tiles, hidden], from the half that the round before does not use."""

@@ -9,8 +9,16 @@ from torch.nn import functional as F
 from engine.cuda_plan import TreePlan
 from engine.heads import seen_embeddings
 from engine.kernels import fused_ops, nvrtc
-from engine.kernels.draft_blocks import Unsettled, add_block
-from engine.kernels.draft_guesses import Guessed, GuessLists, list_guesses, settle_guesses, token_tiles
+from engine.kernels.draft_blocks import add_block
+from engine.kernels.draft_guesses import (
+    Guessed,
+    GuessLists,
+    Unsettled,
+    embed_guessed,
+    list_guesses,
+    settle_guesses,
+    token_tiles,
+)
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.linear_inputs import Seen
 from engine.kernels.small_batch_linear import PackedLinear
@@ -72,7 +80,8 @@ def test_the_best_guesses_and_their_chances(machine, dtype, vocab, rows, guesses
     nodes = range(1, rows * guesses + 1)  # all but those around them
     shifted = (torch.cat([part[:1], part, part[:1]]).to(device) for part in (row_of, rank_of))
     cleared = torch.ones(3, 300, dtype=torch.int32, device=device)
-    settle_guesses(lists, Guessed(*shifted, tokens, chances, nodes), cleared=cleared, load=load)
+    unsettled = Unsettled(lists, Guessed(*shifted, tokens, chances, nodes), cleared)
+    settle_guesses(unsettled, load=load)
     assert tokens[[0, -1]].tolist() == [-1, -1] and int(cleared.abs().max()) == 0
     best = want.topk(guesses)
     torch.testing.assert_close(
@@ -80,6 +89,16 @@ def test_the_best_guesses_and_their_chances(machine, dtype, vocab, rows, guesses
     )
     same = tokens[1:-1].view(rows, guesses).cpu() == token_map[best.indices]
     assert same.float().mean() > 0.95  # 16 bits of a row, against float64
+
+    table, out = (random(size, 64, seed=5).to(device, dtype) for size in (5000, len(tokens)))
+    record, settled, settled_chances = fused_ops.new_record(device), tokens.clone(), chances.clone()
+    record[fused_ops.BONUS] = 77
+    tokens[nodes], chances[nodes], tokens[-1] = 0, 0, 88
+    cleared.fill_(1)
+    embed_guessed(unsettled, table, record, out, load=load)
+    assert torch.equal(tokens[nodes], settled[nodes]) and torch.equal(chances, settled_chances)
+    assert tokens[[0, -1]].tolist() == [77, 88] and int(cleared.abs().max()) == 0
+    assert torch.equal(out, table[tokens])
 
 
 def test_smaller_tokens_come_first_among_equals(machine):
@@ -92,7 +111,7 @@ def test_smaller_tokens_come_first_among_equals(machine):
     list_guesses(torch.ones(1, 64).bfloat16().to(device), output, lists, token_map=token_map, load=load)
     zeros, ranks = torch.zeros(6, dtype=torch.int32, device=device), torch.arange(6, dtype=torch.int32, device=device)
     tokens, chances = torch.zeros_like(zeros), torch.zeros(6, device=device)
-    settle_guesses(lists, Guessed(zeros, ranks, tokens, chances, range(6)), load=load)
+    settle_guesses(Unsettled(lists, Guessed(zeros, ranks, tokens, chances, range(6))), load=load)
     assert tokens.tolist() == [210, 211, 504, 0, 1, 2]
 
 
@@ -160,7 +179,8 @@ def test_a_first_block_sees_tokens_and_settles_guesses(machine, dtype, merges):
     list_guesses(state.to(device), output, lists, load=load)
     guessed = Guessed(plan.row_of, plan.rank, tokens, chances, first.nodes)
     want_tokens, want_chances = tokens.clone(), chances.clone()
-    settle_guesses(lists, Guessed(plan.row_of, plan.rank, want_tokens, want_chances, first.nodes), load=load)
+    apart = Guessed(plan.row_of, plan.rank, want_tokens, want_chances, first.nodes)
+    settle_guesses(Unsettled(lists, apart), load=load)
     old = torch.ones(4, 64, dtype=torch.int32, device=device)
     if not merges:
         tokens.copy_(want_tokens)

@@ -153,9 +153,9 @@ class Bench:
 
         def cold(_: int) -> None:
             waste.fill_(1)
-            drafter.launch(plan)
+            drafter.settle(drafter.launch(plan))
 
-        warm_us = time_graph(lambda _: drafter.launch(plan), DRAFTS)
+        warm_us = time_graph(lambda _: drafter.settle(drafter.launch(plan)), DRAFTS)
         cold_us = time_graph(cold, DRAFTS) - time_graph(lambda _: waste.fill_(1), DRAFTS)
         return [round(warm_us, 1), round(cold_us, 1)]
 
@@ -166,11 +166,11 @@ class Bench:
         found = {}
         for name, drafter in (("fused", self.fused), ("apart", self.apart)):
             plan = self.plan(drafter, 15)
-            drafter.launch(plan)
+            drafter.settle(drafter.launch(plan))
             torch.cuda.synchronize()
             with profile(activities=[ProfilerActivity.CUDA]) as recorded:
                 for _ in range(DRAFTS):
-                    drafter.launch(plan)
+                    drafter.settle(drafter.launch(plan))
                 torch.cuda.synchronize()
             found[name] = {
                 event.key[:40]: [event.count // DRAFTS, round(event.device_time_total / event.count, 2)]

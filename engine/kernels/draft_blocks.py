@@ -4,31 +4,20 @@ The launch may settle the guesses of the head before on its way. How rounds are 
 `engine.cuda_rounds`.
 """
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-from engine.kernels.draft_guesses import ROOM_BYTES, Guessed, GuessLists, row_defines, row_stride, token_tiles
+from engine.kernels.draft_guesses import ROOM_BYTES, GuessLists, Unsettled, row_defines, row_stride, token_tiles
 from engine.kernels.linear_config import Decode
 from engine.kernels.linear_inputs import Seen
 from engine.kernels.nvrtc import load_kernel
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 
-__all__ = ["MAX_BLOCK_ROWS", "Unsettled", "add_block", "can_add_block", "can_merge"]
+__all__ = ["MAX_BLOCK_ROWS", "add_block", "can_add_block", "can_merge"]
 
 MAX_BLOCK_ROWS = 16
 MAX_HIDDEN = 768
 MAX_BLOCKS = 64  # of 64 input features, whose weights a thread block has in registers
 THREADS, WARPS = 256, 8
-
-
-@dataclass(frozen=True)
-class Unsettled:
-    """Guesses that are still in lists, and the sums that nobody needs once they are made (int32, cleared with them)."""
-
-    lists: GuessLists
-    guessed: Guessed
-    sums: Tensor | None
 
 
 def can_add_block(up: PackedLinear, down: PackedLinear, rows: int) -> bool:
@@ -81,10 +70,9 @@ def add_block(
 
 
 def _settling(unsettled: Unsettled) -> list[Tensor | int | None]:
-    lists, guessed, sums = unsettled.lists, unsettled.guessed, unsettled.sums
-    numbers = [0 if sums is None else sums.nbytes // 16, lists.rows, lists.guesses]
-    tables = [lists.keys, lists.sums, guessed.row_of, guessed.rank_of, guessed.tokens, guessed.chances, sums]
-    return [*tables, *numbers, guessed.nodes.start, guessed.nodes.stop]
+    lists, nodes = unsettled.lists, unsettled.guessed.nodes
+    numbers = [unsettled.num_cleared, lists.rows, lists.guesses, nodes.start, nodes.stop]
+    return [*unsettled.arguments(), unsettled.sums, *numbers]
 
 
 def _shared_bytes(hidden: int, num_seen: int, tiles: int, unsettled: Unsettled | None, merges: bool) -> int:

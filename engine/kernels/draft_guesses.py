@@ -16,8 +16,8 @@ from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 
 __all__ = [
-    "ROOM_BYTES", "GuessLists", "Guessed", "ListRoom", "can_list", "has_integer_products", "list_guesses",
-    "row_defines", "row_stride", "settle_guesses", "token_tiles",
+    "ROOM_BYTES", "GuessLists", "Guessed", "ListRoom", "Unsettled", "can_list", "embed_guessed",
+    "has_integer_products", "list_guesses", "row_defines", "row_stride", "settle_guesses", "token_tiles",
 ]  # fmt: skip
 
 MAX_LISTED = 16  # guesses of a row
@@ -98,6 +98,25 @@ class Guessed:
     nodes: range
 
 
+@dataclass(frozen=True)
+class Unsettled:
+    """Guesses that are still in lists, and the sums that nobody needs once they are made (int32, cleared with them)."""
+
+    lists: GuessLists
+    guessed: Guessed
+    sums: Tensor | None = None
+
+    def arguments(self) -> list[Tensor | None]:
+        """Return the memory that every launch which settles them takes."""
+        lists, guessed = self.lists, self.guessed
+        return [lists.keys, lists.sums, guessed.row_of, guessed.rank_of, guessed.tokens, guessed.chances]
+
+    @property
+    def num_cleared(self) -> int:
+        """Pieces of 16 bytes."""
+        return 0 if self.sums is None else self.sums.nbytes // 16
+
+
 def num_places(vocab: int) -> int:
     """Return in how many places the best are looked for: an even number."""
     return 2 * math.ceil(vocab / BLOCK_TOKENS / 2)
@@ -158,24 +177,35 @@ def list_guesses(
     kernel((lists.places,), 256, arguments, shared_bytes)
 
 
-def settle_guesses(
-    lists: GuessLists,
-    guessed: Guessed,
-    *,
-    table: Tensor | None = None,
-    cleared: Tensor | None = None,
-    load: LoadKernel = load_kernel,
-) -> None:
-    """Give each of the nodes its row's guess of its rank, and the probability of that guess; zero `cleared`.
+def settle_guesses(unsettled: Unsettled, *, table: Tensor | None = None, load: LoadKernel = load_kernel) -> None:
+    """Give each of the nodes its row's guess of its rank, and the probability of that guess; clear the sums.
 
     With the embeddings `table` [tokens, hidden], the guesses' rows are brought on their way to the GPU's cache.
     """
+    lists, nodes = unsettled.lists, unsettled.guessed.nodes
     block_rows = max(1, min(8, ROOM_BYTES // lists.row_bytes))
     shared_bytes = block_rows * lists.row_bytes
-    defines = (("PLACES", lists.places), *bf16_define(torch.float16))
-    kernel = load("draft_settle.cuh", "draft_settle", defines, shared_bytes)
+    kernel = load("draft_settle.cuh", "draft_settle", _places(lists), shared_bytes)
     row_bytes = 0 if table is None else table.shape[1] * table.element_size()
-    arguments = [lists.keys, lists.sums, guessed.row_of, guessed.rank_of, guessed.tokens, guessed.chances, table]
-    arguments += [row_bytes, cleared, 0 if cleared is None else cleared.nbytes // 16, lists.rows, block_rows]
-    arguments += [lists.guesses, guessed.nodes.start, guessed.nodes.stop]
+    arguments = [*unsettled.arguments(), table, row_bytes, unsettled.sums, unsettled.num_cleared, lists.rows]
+    arguments += [block_rows, lists.guesses, nodes.start, nodes.stop]
     kernel((math.ceil(lists.rows / block_rows),), 256, arguments, shared_bytes)
+
+
+def embed_guessed(
+    unsettled: Unsettled, table: Tensor, record: Tensor, out: Tensor, *, load: LoadKernel = load_kernel
+) -> None:
+    """Look up a tree's embeddings, [nodes, hidden] in table [vocab, hidden], and settle its last guesses on the way.
+
+    It is `fused_ops.embed_tokens` after `settle_guesses`: the first token is the record's bonus token.
+    """
+    rows, width = out.shape
+    lists, nodes = unsettled.lists, unsettled.guessed.nodes
+    assert width % 8 == 0 and table.is_contiguous() and 0 < nodes.start < nodes.stop <= rows, f"{nodes} of {rows}"
+    kernel = load("draft_embed.cuh", "embed_guessed", _places(lists), lists.row_bytes)
+    arguments = [*unsettled.arguments(), unsettled.sums, unsettled.num_cleared, lists.guesses, nodes.start, nodes.stop]
+    kernel((rows,), 128, [*arguments, table, record, out, width // 8], lists.row_bytes)
+
+
+def _places(lists: GuessLists) -> Defines:
+    return (("PLACES", lists.places), *bf16_define(torch.float16))
