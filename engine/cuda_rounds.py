@@ -6,6 +6,7 @@ covers is known in the kernels' modules; the drafter has another way for the res
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -102,7 +103,7 @@ class FusedRounds:
         size = num_blocks, self._copies, 8 * token_tiles(turn.num_rows), self._x.shape[-1]
         return self._sums[turn.head % 2, : torch.Size(size).numel()].view(size)
 
-    def _first_options(self, plan: TreePlan, turn: Round, unsettled: Unsettled | None) -> dict[str, object]:
+    def _first_options(self, plan: TreePlan, turn: Round, unsettled: Unsettled | None) -> dict[str, Any]:
         """Return what a first block does besides; guesses that it needs and cannot merge are settled before."""
         runner, num_seen = self._runner, self._heads[turn.head].num_seen
         memory = runner.memory

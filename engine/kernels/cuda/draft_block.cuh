@@ -201,13 +201,13 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
         const u8* from = shared + block_of(slot) % ROW_BLOCKS * 64 + (lane >> 3) * 16;
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) {
-            int high[4] = {}, low[4] = {};
-            multiply_codes(high, low, codes[slot], from + (is_state ? at : at + t * 8 + (lane & 7)) * ROW_PITCH);
+            Products<1> products = {};
+            multiply_codes(products, codes[slot], from + (is_state ? at : at + t * 8 + (lane & 7)) * ROW_PITCH);
             const float* by = scales + at + (is_state ? 0 : t * 8 + 2 * (lane & 3));
             const float2 scale = make_float2(by[0], by[is_state ? 0 : 1]);
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                part[t][j] = fmaf((float)(256 * high[j] + low[j]), j & 1 ? scale.y : scale.x, part[t][j]);
+                part[t][j] = fmaf(products.sum(j), j & 1 ? scale.y : scale.x, part[t][j]);
         }
     }
 #pragma unroll

@@ -83,15 +83,15 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_output(
     __syncthreads();
 #pragma unroll
     for (int t = 0; t < TOKEN_TILES; ++t) {
-        int high[4] = {}, low[4] = {};
+        Products<2> products = {};
         const u8* from = planes + (t * 8 + (lane & 7)) * ROW_PITCH + (lane >> 3) * 16;
 #pragma unroll
-        for (int i = 0; i < ROW_BLOCKS; ++i) multiply_codes(high, low, codes[i], from + i * 64);
+        for (int i = 0; i < ROW_BLOCKS; ++i) multiply_codes(products, codes[i], from + i * 64);
         const int row = t * 8 + 2 * (lane & 3);
 #pragma unroll
         for (int j = 0; j < 2; ++j) {
             const float scale = row_scales[row + j];
-            const float2 pair = make_float2((256.0f * high[j] + low[j]) * (by.x * scale), (256.0f * high[j + 2] + low[j + 2]) * (by.y * scale));
+            const float2 pair = make_float2(products.sum(j) * (by.x * scale), products.sum(j + 2) * (by.y * scale));
             *(float2*)(scores + (row + j) * SCORE_PITCH + warp * 16 + 2 * (lane >> 2)) = pair;
         }
     }

@@ -61,14 +61,26 @@ __device__ __forceinline__ Codes load_codes(const uint4* weights, int tile, int 
     return {{load_once16(from), load_once16(from + 32)}};
 }
 
-// sums (high, low) += a tile of weights * eight rows' planes; `row` is where this lane's row (lane % 8) has its 64 values,
-// for lanes from 8 on 16 bytes further for each eight.
-__device__ __forceinline__ void multiply_codes(int (&high)[4], int (&low)[4], const Codes& a, const u8* row) {
-    const uint4 h = load_matrices(row), l = load_matrices(row + HIDDEN);
-    multiply16x8x32(high, a.halves[0].x, a.halves[0].z, a.halves[0].y, a.halves[0].w, h.x, h.y);
-    multiply16x8x32(low, a.halves[0].x, a.halves[0].z, a.halves[0].y, a.halves[0].w, l.x, l.y);
-    multiply16x8x32(high, a.halves[1].x, a.halves[1].z, a.halves[1].y, a.halves[1].w, h.z, h.w);
-    multiply16x8x32(low, a.halves[1].x, a.halves[1].z, a.halves[1].y, a.halves[1].w, l.z, l.w);
+// A tile's products with eight rows, by plane, and with 2 CHAINS by half of each 64 k: sums that need not wait for each
+// other.
+template <int CHAINS> struct Products {
+    int high[CHAINS][4], low[CHAINS][4];
+
+    __device__ __forceinline__ float sum(int i) const {  // exact up to 1024 k
+        const int last = CHAINS - 1;
+        return 256.0f * (last ? high[0][i] + high[last][i] : high[0][i]) + (last ? low[0][i] + low[last][i] : low[0][i]);
+    }
+};
+
+// sums += a tile of weights * eight rows' planes; `row` is where this lane's row (lane % 8) has its 64 values, for lanes
+// from 8 on 16 bytes further for each eight.
+template <int CHAINS>
+__device__ __forceinline__ void multiply_codes(Products<CHAINS>& sums, const Codes& a, const u8* row) {
+    const uint4 h = load_matrices(row), l = load_matrices(row + HIDDEN), first = a.halves[0], second = a.halves[1];
+    multiply16x8x32(sums.high[0], first.x, first.z, first.y, first.w, h.x, h.y);
+    multiply16x8x32(sums.low[0], first.x, first.z, first.y, first.w, l.x, l.y);
+    multiply16x8x32(sums.high[CHAINS - 1], second.x, second.z, second.y, second.w, h.z, h.w);
+    multiply16x8x32(sums.low[CHAINS - 1], second.x, second.z, second.y, second.w, l.z, l.w);
 }
 
 // ---- sums of many thread blocks: int32 [COPIES, ROWS, HIDDEN], two neighbours a 64-bit number ----
