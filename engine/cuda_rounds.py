@@ -105,12 +105,15 @@ class FusedRounds:
 
     def _first_options(self, plan: TreePlan, turn: Round, unsettled: Unsettled | None) -> dict[str, Any]:
         """Return what a first block does besides; guesses that it needs and cannot merge are settled before."""
-        runner, num_seen = self._runner, self._heads[turn.head].num_seen
-        memory = runner.memory
+        runner, head = self._runner, self._heads[turn.head]
+        memory, block = runner.memory, head.blocks[0]
         tables = memory.tokens, memory.record, plan.ancestor_at, turn.row_nodes
-        seen = Seen(runner.embedding, *tables) if num_seen else None
-        merges = unsettled is not None and self._sees_path and can_merge(unsettled.lists)
-        if unsettled is not None and self._sees_path and not merges:
-            self.settle(unsettled)
-            unsettled = None
+        seen = Seen(runner.embedding, *tables) if head.num_seen else None
+        assert block.down is not None
+        merges = False
+        if unsettled is not None and self._sees_path:
+            merges = can_merge(unsettled.lists, block.up, block.down, turn.num_rows)
+            if not merges:
+                self.settle(unsettled)
+                unsettled = None
         return {"seen": seen, "unsettled": unsettled, "merges": merges}

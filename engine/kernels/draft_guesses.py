@@ -17,7 +17,7 @@ from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 
 __all__ = [
     "ROOM_BYTES", "GuessLists", "Guessed", "ListRoom", "Unsettled", "can_list", "embed_guessed",
-    "has_integer_products", "list_guesses", "row_defines", "row_stride", "settle_guesses", "token_tiles",
+    "has_integer_products", "list_guesses", "row_defines", "row_stride", "rows_at_once", "settle_guesses", "token_tiles",
 ]  # fmt: skip
 
 MAX_LISTED = 16  # guesses of a row
@@ -143,6 +143,11 @@ def token_tiles(rows: int) -> int:
     return 1 << math.ceil(math.log2(math.ceil(rows / 8)))
 
 
+def rows_at_once(lists: GuessLists) -> int:
+    """Return of how many rows a thread block settles the guesses at a time."""
+    return max(1, min(8, ROOM_BYTES // lists.row_bytes))
+
+
 def row_stride(x: Tensor) -> int:
     """Return the values from a row to the next, 0 where all rows are one."""
     return x.shape[1] if len(x) > 1 else 0
@@ -183,9 +188,9 @@ def settle_guesses(unsettled: Unsettled, *, table: Tensor | None = None, load: L
     With the embeddings `table` [tokens, hidden], the guesses' rows are brought on their way to the GPU's cache.
     """
     lists, nodes = unsettled.lists, unsettled.guessed.nodes
-    block_rows = max(1, min(8, ROOM_BYTES // lists.row_bytes))
+    block_rows = rows_at_once(lists)
     shared_bytes = block_rows * lists.row_bytes
-    kernel = load("draft_settle.cuh", "draft_settle", _places(lists), shared_bytes)
+    kernel = load("draft_settle.cuh", "draft_settle", _places(lists), ROOM_BYTES)
     row_bytes = 0 if table is None else table.shape[1] * table.element_size()
     arguments = [*unsettled.arguments(), table, row_bytes, unsettled.sums, unsettled.num_cleared, lists.rows]
     arguments += [block_rows, lists.guesses, nodes.start, nodes.stop]
@@ -202,7 +207,7 @@ def embed_guessed(
     rows, width = out.shape
     lists, nodes = unsettled.lists, unsettled.guessed.nodes
     assert width % 8 == 0 and table.is_contiguous() and 0 < nodes.start < nodes.stop <= rows, f"{nodes} of {rows}"
-    kernel = load("draft_embed.cuh", "embed_guessed", _places(lists), lists.row_bytes)
+    kernel = load("draft_embed.cuh", "embed_guessed", _places(lists), ROOM_BYTES)
     arguments = [*unsettled.arguments(), unsettled.sums, unsettled.num_cleared, lists.guesses, nodes.start, nodes.stop]
     kernel((rows,), 128, [*arguments, table, record, out, width // 8], lists.row_bytes)
 
