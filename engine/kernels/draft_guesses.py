@@ -16,8 +16,8 @@ from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
 
 __all__ = [
-    "ROOM_BYTES", "GuessLists", "Guessed", "ListRoom", "Unsettled", "can_list", "embed_guessed",
-    "has_integer_products", "list_guesses", "row_defines", "row_stride", "rows_at_once", "settle_guesses", "token_tiles",
+    "ROOM_BYTES", "GuessLists", "Guessed", "ListRoom", "Unsettled", "can_list", "embed_guessed", "has_integer_products",
+    "list_guesses", "row_defines", "row_stride", "rows_at_once", "settle_guesses", "token_tiles",
 ]  # fmt: skip
 
 MAX_LISTED = 16  # guesses of a row
