@@ -1,57 +1,39 @@
 """A Drafter on the CUDA kernels: the heads fill a tree's tokens in device memory, depth by depth.
 
-Launches only, over static buffers, so that drafting is part of a captured step. Guesses need no exactness: matrices
-are int8, and what a head sees lies side by side, so that its first block is one matrix over all of it.
+Launches only, over static buffers, so that drafting is part of a captured step. A round of few rows goes through
+`engine.cuda_rounds`; here is what covers all others.
 """
 
-from dataclasses import dataclass
-
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from engine.block_weights import DenseWeight, Weight
+from engine.block_weights import Weight
+from engine.cuda_heads import PackedBlock, pack_heads
 from engine.cuda_memory import MAX_ROWS, roomy
 from engine.cuda_plan import Round, TreePlan
+from engine.cuda_rounds import FusedRounds
 from engine.cuda_runner import CudaRunner
-from engine.cuda_weights import pack_matrix, require
+from engine.cuda_weights import require
 from engine.draft import Draft
-from engine.heads import MedusaHead, MedusaHeads, PaperBlock
+from engine.heads import MedusaHeads
+from engine.kernels.draft_guesses import Unsettled, has_integer_products
 from engine.kernels.draft_ops import MAX_GUESSES, MAX_VOCAB, draft_tokens, gather_seen, silu_rows
 from engine.kernels.linear_inputs import Seen
-from engine.kernels.small_batch_linear import PackedLinear
 from engine.tree import CandidateTree
 
 __all__ = ["CudaDrafter"]
 
 
-@dataclass(frozen=True)
-class _Block:
-    """A paper block (no `down`, a bias) or a wide one."""
-
-    up: PackedLinear
-    bias: Tensor | None
-    down: PackedLinear | None
-
-
-@dataclass(frozen=True)
-class _Head:
-    blocks: list[_Block]
-    output: PackedLinear
-    num_seen: int
-
-    @property
-    def matrices(self) -> list[PackedLinear]:
-        inner = [matrix for block in self.blocks for matrix in (block.up, block.down) if matrix is not None]
-        return [*inner, self.output]
-
-
 class CudaDrafter:
     """See `engine.draft.Drafter`. `shared_output` is the backbone's `lm_head`, of which truncated heads use rows.
 
-    Raises CudaKernelsUnavailableError for heads of odd sizes.
+    Where `is_fused`, rounds of few rows and guesses take the launches that were made for them. Raises
+    CudaKernelsUnavailableError for heads of odd sizes.
     """
 
-    def __init__(self, heads: MedusaHeads, runner: CudaRunner, shared_output: Weight) -> None:
+    def __init__(
+        self, heads: MedusaHeads, runner: CudaRunner, shared_output: Weight, *, is_fused: bool = True
+    ) -> None:
         config = heads.config
         require(config.hidden_size % 64 == 0, "a multiple of 64 as the heads' hidden size", config.hidden_size)
         require((config.width or 64) % 64 == 0, "a multiple of 64 as the heads' width", config.width)
@@ -61,7 +43,7 @@ class CudaDrafter:
         self.sees_path = config.sees == "path"
         self._runner = runner
         memory, device = runner.memory, runner.device
-        self._heads = _pack(heads, shared_output, memory.dtype, device)
+        self._heads = pack_heads(heads, shared_output, memory.dtype, device)
         self._token_map = None if heads.token_map is None else heads.token_map.int().to(device).contiguous()
         self._gathered = torch.zeros(0, dtype=memory.dtype, device=device)
         self._outgrown: list[Tensor] = []  # captured graphs still use them
@@ -69,6 +51,9 @@ class CudaDrafter:
         self._x = torch.zeros(MAX_ROWS, config.hidden_size, dtype=memory.dtype, device=device)
         self._inner = torch.zeros(MAX_ROWS, width, dtype=memory.dtype, device=device)
         self._logits = torch.zeros(0, device=device)
+        self._fused: FusedRounds | None = None
+        if is_fused and has_integer_products(device):
+            self._fused = FusedRounds(self._heads, runner, self._token_map, sees_path=self.sees_path)
 
     def draft(self, hidden: Tensor, root: int, tree: CandidateTree) -> Draft:
         """Guess from the hidden state [hidden] behind `root`, the token that the backbone chose there."""
@@ -77,45 +62,70 @@ class CudaDrafter:
         plan, memory = self._runner.plan(tree, self), self._runner.memory
         memory.state.copy_(hidden.view(1, -1))
         self._runner.set_root(root)
-        self._runner.graphs.run(("draft", tree, self), lambda: self.launch(plan))
+        self._runner.graphs.run(("draft", tree, self), lambda: self.settle(self.launch(plan)))
         tokens, chances = memory.tokens[: plan.num_nodes].tolist(), memory.chances[: plan.num_nodes].tolist()
         return Draft([root, *tokens[1:]], chances)
 
-    def launch(self, plan: TreePlan) -> None:
-        """Fill the tree from the memory's hidden state and the record's bonus token."""
+    def launch(self, plan: TreePlan) -> Unsettled | None:
+        """Fill the tree from the memory's hidden state and the record's bonus token.
+
+        What is returned are the last guesses, for the launch that needs them (or `settle`) to make tokens of.
+        """
+        unsettled: Unsettled | None = None
         for turn in plan.rounds:
-            self._guess(plan, turn)
+            unsettled = self._guess(plan, turn, unsettled)
+        return unsettled
+
+    def settle(self, unsettled: Unsettled | None) -> None:
+        """Give the nodes of unsettled guesses their tokens, if there are such."""
+        if unsettled is not None:
+            assert self._fused is not None
+            self._fused.settle(unsettled)
 
     def prepare(self, plan: TreePlan) -> None:
         """Choose how to run every matrix for the rows of this tree."""
+        linear = self._runner.linear
         for turn in plan.rounds:
-            self._runner.linear.prepare(self._heads[turn.head].matrices, turn.num_rows)
-            vocab = self._heads[turn.head].output.n
-            if self._logits.numel() < turn.num_rows * vocab:
+            head, rows = self._heads[turn.head], turn.num_rows
+            if not (self._fused and self._fused.can_run(turn)):
+                linear.prepare(head.block_matrices, rows)
+            if self._fused and self._fused.can_list(turn):
+                self._fused.prepare(turn)
+                continue
+            linear.prepare([head.output], rows)
+            if self._logits.numel() < rows * head.output.n:
                 self._outgrown.append(self._logits)
-                self._logits = torch.zeros(roomy(turn.num_rows) * vocab, device=self._logits.device)
+                self._logits = torch.zeros(roomy(rows) * head.output.n, device=self._logits.device)
 
     def memory_bytes(self) -> int:
         """Bytes held by the heads and their work memory."""
-        matrices = {id(matrix): matrix.num_bytes for head in self._heads for matrix in head.matrices}
+        every = [matrix for head in self._heads for matrix in (*head.block_matrices, head.output)]
+        matrices = {id(matrix): matrix.num_bytes for matrix in every}
         buffers = (self._gathered, self._x, self._inner, self._logits, *self._outgrown)
-        return sum(matrices.values()) + sum(buffer.nbytes for buffer in buffers)
+        fused = self._fused.num_bytes if self._fused else 0
+        return sum(matrices.values()) + sum(buffer.nbytes for buffer in buffers) + fused
 
-    def _guess(self, plan: TreePlan, turn: Round) -> None:
-        runner, head, rows = self._runner, self._heads[turn.head], turn.num_rows
-        memory, linear = runner.memory, runner.linear
+    def _guess(self, plan: TreePlan, turn: Round, unsettled: Unsettled | None) -> Unsettled | None:
+        """Launch a round after one whose guesses may be unsettled; where they are returned, its own are."""
+        runner, head, fused = self._runner, self._heads[turn.head], self._fused
+        if fused and fused.can_run(turn):
+            return fused.run(plan, turn, unsettled)
+        self.settle(unsettled)
         first, *others = head.blocks
         x = self._first_block(first, plan, turn)
         for block in others:
             x = self._block(block, x, x)
-        logits = self._logits[: rows * head.output.n].view(rows, -1)
-        linear(x, head.output, out=logits)
+        if fused and fused.can_list(turn):
+            return fused.list_guesses(plan, turn, x)
+        logits = self._logits[: turn.num_rows * head.output.n].view(turn.num_rows, -1)
+        runner.linear(x, head.output, out=logits)
         draft_tokens(
-            logits, self._token_map, plan.row_of, plan.rank, memory.tokens, memory.chances,
+            logits, self._token_map, plan.row_of, plan.rank, runner.memory.tokens, runner.memory.chances,
             guesses=min(turn.guesses, MAX_GUESSES), nodes=turn.nodes, table=runner.embedding, load=runner.load,
         )  # fmt: skip
+        return None
 
-    def _first_block(self, block: _Block, plan: TreePlan, turn: Round) -> Tensor:
+    def _first_block(self, block: PackedBlock, plan: TreePlan, turn: Round) -> Tensor:
         """Apply a head's first block to the hidden state and the tokens on the way to each row's node."""
         runner, rows, num_seen = self._runner, turn.num_rows, self._heads[turn.head].num_seen
         memory, linear = runner.memory, runner.linear
@@ -133,14 +143,14 @@ class CudaDrafter:
         gather_seen(memory.state, runner.embedding, *tables, inputs, x, load=runner.load)
         return self._block(block, inputs.flatten(1), x)
 
-    def _gathers(self, block: _Block, slots: int, rows: int) -> bool:
+    def _gathers(self, block: PackedBlock, slots: int, rows: int) -> bool:
         """Say whether the block's launches can put together their input and add the hidden state to all rows."""
         if block.down is None:
             return False
         up, down = (self._runner.linear.config(matrix, rows) for matrix in (block.up, block.down))
         return up.can_gather(slots, rows) and bool(down.resident)
 
-    def _block(self, block: _Block, seen: Tensor, x: Tensor) -> Tensor:
+    def _block(self, block: PackedBlock, seen: Tensor, x: Tensor) -> Tensor:
         """Return x plus the block's answer to what it sees."""
         rows, linear = len(x), self._runner.linear
         inner, out = self._inner[:rows], self._x[:rows]
@@ -157,24 +167,3 @@ class CudaDrafter:
             self._gathered = torch.zeros(MAX_ROWS * slots * hidden, dtype=self._x.dtype, device=self._x.device)
         return self._gathered[: rows * slots * hidden].view(rows, slots, hidden)
 
-
-def _pack(heads: MedusaHeads, shared_output: Weight, dtype: torch.dtype, device: str) -> list[_Head]:
-    def pack(*values: Tensor) -> PackedLinear:
-        return pack_matrix([DenseWeight(torch.cat([v.detach() for v in values], dim=1))], "int8", dtype, device)
-
-    def blocks(head: MedusaHead) -> list[_Block]:
-        packed = []
-        for block in head.blocks:
-            if isinstance(block, PaperBlock):
-                packed.append(_Block(pack(block.linear.weight), block.linear.bias.detach().to(device, dtype), None))
-            else:
-                seen = [linear.weight for linear in block.seen]
-                packed.append(_Block(pack(block.up.weight, *seen), None, pack(block.down.weight)))
-        return packed
-
-    if heads.config.output.startswith("own"):
-        outputs = [pack(output.weight) for output in heads.outputs if isinstance(output, nn.Linear)]
-    else:
-        rows = shared_output if heads.token_map is None else shared_output.permute_rows(heads.token_map)
-        outputs = [pack_matrix([rows], "int8", dtype, device)] * heads.config.num_heads
-    return [_Head(blocks(head), output, head.num_seen) for head, output in zip(heads.heads, outputs, strict=True)]

@@ -14,6 +14,7 @@ from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
+from engine.kernels.draft_guesses import Unsettled, embed_guessed
 from engine.kernels.linear_config import MAX_PLACES
 from engine.kernels.linear_inputs import Norm
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
@@ -36,8 +37,11 @@ class Forward:
             rows: torch.arange(-rows, 0, dtype=torch.int32).to(memory.device) for rows in CHUNKS
         }  # counted back from the chunk's end: all its keys are in the cache by then
 
-    def tree(self, plan: TreePlan) -> None:
-        """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token."""
+    def tree(self, plan: TreePlan, unsettled: Unsettled | None = None) -> None:
+        """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token.
+
+        The tree's last guesses may be `unsettled`; they are not afterwards.
+        """
         memory, rows = self._memory, plan.num_nodes
         keys, values = memory.scratch(rows)
 
@@ -45,9 +49,11 @@ class Forward:
             cache = memory.cache_keys[layer], memory.cache_values[layer]
             self._attend(qkv, memory.record, plan.depth, plan.ancestor_at, cache, (keys[layer], values[layer]))
 
-        fused_ops.embed_tokens(
-            memory.tokens[:rows], self._weights.embedding, memory.record, memory.x[:rows], load=self._load
-        )
+        table, x = self._weights.embedding, memory.x[:rows]
+        if unsettled is None:
+            fused_ops.embed_tokens(memory.tokens[:rows], table, memory.record, x, load=self._load)
+        else:
+            embed_guessed(unsettled, table, memory.record, x, load=self._load)
         self._layers(rows, attend)
 
     def finish_tree(self, rows: int) -> None:

@@ -21,6 +21,7 @@ from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.errors import ContextLengthError
 from engine.kernels import fused_ops
+from engine.kernels.draft_guesses import Unsettled
 from engine.kernels.fused_ops import BONUS, NUM_ACCEPTED, OLD_LENGTH, PATH, StepRecord
 from engine.kernels.nvrtc import load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
@@ -33,11 +34,11 @@ _RESERVE = 512  # rows kept free beyond what is asked for, so that an answer rar
 
 
 class LaunchesDrafts(Protocol):
-    """A drafter that fills the memory's tokens by launches alone."""
+    """A drafter that fills the memory's tokens by launches alone; it may leave the last guesses unsettled."""
 
     sees_path: bool
 
-    def launch(self, plan: TreePlan) -> None: ...
+    def launch(self, plan: TreePlan) -> Unsettled | None: ...
 
     def prepare(self, plan: TreePlan) -> None: ...
 
@@ -235,9 +236,8 @@ class CudaRunner:
         self, plan: TreePlan, drafter: LaunchesDrafts | None, chooser: ChoosesTokens | None = None
     ) -> None:
         memory, rows = self.memory, plan.num_nodes
-        if drafter is not None and plan.rounds:
-            drafter.launch(plan)
-        self._forward.tree(plan)
+        unsettled = drafter.launch(plan) if drafter is not None and plan.rounds else None
+        self._forward.tree(plan, unsettled)
         if chooser is None:
             keys = self._forward.best_of_tree(rows)
         else:

@@ -223,6 +223,8 @@ inline void __syncwarp(u32 = ~0u) { emulator::warp_barrier(); }
 inline void __threadfence() {}
 template <typename T> T __ldcg(const T* p) { return *p; }
 inline u32 atomicAdd(u32* p, u32 v) { u32 old = *p; *p += v; return old; }
+inline u64 atomicAdd(u64* p, u64 v) { u64 old = *p; *p += v; return old; }
+inline int __float2int_rn(float x) { return (int)std::max(-2147483648.0, std::min(2147483647.0, (double)rintf(x))); }
 template <typename T> T __shfl_xor_sync(u32, T v, int mask) { return emulator::exchanged(v, (threadIdx.x % 32) ^ mask); }
 template <typename T> T __shfl_sync(u32, T v, int lane) { return emulator::exchanged(v, lane); }
 inline u32 __ballot_sync(u32, bool v) {
@@ -317,6 +319,22 @@ inline void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b
         }
         c[i] = (float)sum;
     }
+    emulator::warp_barrier();
+}
+
+inline void multiply16x8x32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+    emulator::Warp& warp = emulator::own_warp();
+    int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;
+    u32 mine[6] = {a0, a1, a2, a3, b0, b1};
+    memcpy(warp.exchange[lane], mine, sizeof(mine));
+    emulator::warp_barrier();
+    auto codes = [&](int from, int reg) { return (const i8*)warp.exchange[from] + 4 * reg; };
+    for (int i = 0; i < 4; ++i)
+        for (int high = 0; high < 2; ++high)
+            for (int kq = 0; kq < 4; ++kq) {
+                const i8 *a = codes(g * 4 + kq, i / 2 + 2 * high), *b = codes((2 * q + i % 2) * 4 + kq, 4 + high);
+                for (int k = 0; k < 4; ++k) c[i] += a[k] * b[k];
+            }
     emulator::warp_barrier();
 }
 

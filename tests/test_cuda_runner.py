@@ -219,25 +219,57 @@ def test_drafts_are_those_of_the_heads(runner: CudaRunner, weights: BackboneWeig
     check_drafts(runner, weights, random_heads(sees, output))
 
 
+@pytest.mark.parametrize("sees", ["hidden", "root", "path"])
+def test_drafts_without_fused_rounds(runner: CudaRunner, weights: BackboneWeights, sees: str) -> None:
+    check_drafts(runner, weights, random_heads(sees), is_fused=False)
+
+
 def test_drafts_of_the_papers_blocks(runner: CudaRunner, weights: BackboneWeights) -> None:
     check_drafts(runner, weights, random_heads("hidden", "own", width=None))
 
 
-def check_drafts(runner: CudaRunner, weights: BackboneWeights, heads: MedusaHeads) -> None:
+MIXED = CandidateTree.from_choices(  # guesses for lists and too many, rows for blocks, for lists alone, and for blocks
+    [*((i,) for i in range(20)), *((i, 0) for i in range(18)), (0, 0, 0), (3, 0, 0), (3, 0, 1), (3, 0, 2)]
+)
+WIDE = CandidateTree.from_choices([*((i,) for i in range(12)), *((i, 0) for i in range(12)), (0, 0, 0), (2, 0, 0)])
+
+
+@pytest.mark.parametrize("sees", ["hidden", "path"])
+@pytest.mark.parametrize("tree", [TREES[2], MIXED, WIDE])
+def test_fused_rounds_guess_as_the_others_do(
+    runner: CudaRunner, weights: BackboneWeights, tree: CandidateTree, sees: str
+) -> None:
+    heads, same = random_heads(sees, "truncated"), []
+    fused, apart = (CudaDrafter(heads, runner, weights.lm_head, is_fused=way) for way in (True, False))
+    for root in range(6):
+        hidden = torch.randn(128).to(runner.device)
+        ours, want = fused.draft(hidden, root, tree), apart.draft(hidden, root, tree)
+        for node in range(1, tree.num_nodes):
+            if [ours.tokens[n] for n in tree.path_to(node)[:-1]] == [want.tokens[n] for n in tree.path_to(node)[:-1]]:
+                same.append(ours.tokens[node] == want.tokens[node])
+        assert fused.draft(hidden, root, tree) == ours  # to the bit
+    assert sum(same) > 0.85 * len(same)
+    assert fused._fused is not None and not fused._fused._sums.any()
+    assert fused.memory_bytes() > 0 and fused._logits.numel() < apart._logits.numel() + 1
+
+
+def check_drafts(
+    runner: CudaRunner, weights: BackboneWeights, heads: MedusaHeads, *, is_fused: bool = True
+) -> None:
     """Guesses and probabilities of float32 heads, wherever rounding leaves the order of guesses alone."""
     table = weights.embedding.dequantize()
     lm_head = torch.nn.Linear(128, 96, bias=False)
     rows = weights.lm_head.dequantize()
     lm_head.weight = torch.nn.Parameter(rows if heads.token_map is None else rows[heads.token_map])
     oracle = HeadsDrafter(heads, lambda tokens: table[tokens], lm_head)
-    drafter, same, total = CudaDrafter(heads, runner, weights.lm_head), 0, 0
-    for root in range(6):
+    drafter, same, total = CudaDrafter(heads, runner, weights.lm_head, is_fused=is_fused), 0, 0
+    for root in range(15):
         hidden = torch.randn(128)
         ours, want = drafter.draft(hidden.to(runner.device), root, TREES[2]), oracle.draft(hidden, root, TREES[2])
         assert ours.tokens[0] == root and ours.probabilities[0] == 1.0
         for node in range(1, TREES[2].num_nodes):
             if [ours.tokens[n] for n in TREES[2].path_to(node)] == [want.tokens[n] for n in TREES[2].path_to(node)]:
-                assert ours.probabilities[node] == pytest.approx(want.probabilities[node], rel=0.12)
+                assert ours.probabilities[node] == pytest.approx(want.probabilities[node], rel=0.2)
                 same += 1
             total += 1
     assert same > 0.8 * total

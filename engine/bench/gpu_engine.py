@@ -269,7 +269,7 @@ class Bench:
 
 def gpu_tests(report: Report) -> str:
     """The runner's own tests on this GPU."""
-    tests = ["tests/test_cuda_runner.py", "tests/test_kernels.py"]
+    tests = ["tests/test_cuda_runner.py", "tests/test_kernels.py", "tests/test_draft_kernels.py"]
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", "-k", "cuda", *tests]
     done = subprocess.run(command, capture_output=True, text=True, timeout=150)
     return (done.stdout + done.stderr)[-1800:]

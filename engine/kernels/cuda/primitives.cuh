@@ -284,6 +284,17 @@ __device__ __forceinline__ void multiply16x8x16(float (&c)[4], u32 a0, u32 a1, u
 #endif
 }
 
+// The same for integers, exactly: c[16 x 8] += a[16 x 32] * b[32 x 8] of int8 (compute capability 8.0 and up). a0, a1 =
+// (rows g and g + 8, k 4q..4q+3), a2, a3 = (the same, k + 16); b0, b1 = (k 4q..4q+3 and k + 16, column g); c as above.
+__device__ __forceinline__ void multiply16x8x32(int (&c)[4], u32 a0, u32 a1, u32 a2, u32 a3, u32 b0, u32 b1) {
+#if __CUDA_ARCH__ >= 800
+    asm(
+        "mma.sync.aligned.m16n8k32.row.col.s32.s8.s8.s32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, "
+        "{%0, %1, %2, %3};"
+        : "+r"(c[0]), "+r"(c[1]), "+r"(c[2]), "+r"(c[3]) : "r"(a0), "r"(a1), "r"(a2), "r"(a3), "r"(b0), "r"(b1));
+#endif
+}
+
 // ---- Hopper's tensor cores: four warps, the right operand in shared memory ----
 
 __device__ __forceinline__ u8* align1024(u8* shared) {

@@ -1,0 +1,243 @@
+// A draft head's wide block x + D silu(U x) as one launch: each thread block has 16 of the inner features, the rows of U
+// and the columns of D that belong to them, in registers before the previous kernel has ended. What D makes of them is
+// added to sums of all thread blocks (see integer_rows.cuh); x + sums is for the launch after this one to add up.
+//
+// A head's first block sees tokens besides the hidden state. The last of them may still be guesses in lists, which every
+// thread block merges for itself; one thread block more, the clerk, then gives them to the tree's nodes and clears the
+// sums that nobody reads any more.
+//
+// Compile-time besides those of integer_rows.cuh: SEEN (tokens that a row sees besides the hidden state; 0: a row is
+// `base` with what was added to it), WIDTH (inner features, a multiple of 64), PLACES (of the lists that the clerk
+// settles, as in guess_lists.cuh; 0: there is no clerk), MERGED (1: the last token seen comes from those lists, of at most
+// 16 rows), ROOM_BYTES (of shared memory, for the clerk).
+
+#include "integer_rows.cuh"
+#include "seen_parts.cuh"
+#if PLACES
+#include "guess_lists.cuh"
+#endif
+
+#define MOST_MERGED 16
+constexpr int WARPS = 8;
+constexpr int BLOCKS = (1 + SEEN) * ROW_BLOCKS;            // of 64 input features
+constexpr int SLOTS = (BLOCKS + WARPS - 1) / WARPS;        // of them that a warp has at most
+constexpr int DOWN_TILES = HIDDEN / 16;                    // of 16 rows of D
+constexpr int DOWN_SLOTS = (DOWN_TILES + WARPS - 1) / WARPS;
+constexpr int KNOWN = MERGED ? SEEN - 1 : SEEN;            // tokens seen that are known when the launch begins
+constexpr int STATE = SEEN * ROWS;                         // where the hidden state lies, behind the rows of each token seen
+constexpr int NUM_ROWS = SEEN ? STATE + 1 : ROWS;          // in shared memory
+static_assert(SEEN == 0 || KNOWN > 0, "of the tokens seen, the root at least is known");
+constexpr int FRAGMENT = 128;                              // 16 inner features of eight rows
+
+// Where a row's n-th token seen lies.
+__device__ __forceinline__ int seen_row(int n, int row) { return n * ROWS + row; }
+
+// Ask for a row of 16-bit values, by a warp.
+__device__ __forceinline__ void copy_row(u8* to, const u16* from, int lane) {
+#pragma unroll
+    for (int i = lane; i < HIDDEN / 8; i += 32) copy16_async(to + i * 16, from + i * 8);
+}
+
+struct Seen {
+    const u16* table;
+    const int *record, *ancestor_at, *row_nodes;
+};
+
+#if SEEN
+// The items that a warp brings: the hidden state, and each row's tokens; lane i knows the node of turn i. The last warps
+// come first: the first ones may have lists to merge.
+__device__ __forceinline__ int known_node(const Seen& seen, int rows, int warp, int lane) {
+    const int item = WARPS - 1 - warp + lane * WARPS - 1;
+    return item < 0 || item >= rows * KNOWN ? -1 : seen.ancestor_at[seen.row_nodes[item / KNOWN] * NEAR + item % KNOWN];
+}
+
+// Call `work` with each item's place in shared memory, its turn, and whether it is a token's.
+template <typename Work>
+__device__ __forceinline__ void known_items(int rows, int warp, Work work) {
+    for (int turn = 0, item = WARPS - 2 - warp; item < rows * KNOWN; ++turn, item += WARPS)
+        work(item < 0 ? STATE : seen_row(item % KNOWN, item / KNOWN), turn, item >= 0);
+}
+#endif
+
+// Grid: WIDTH / 16, and the clerk, of 256 threads. base [1 or rows, HIDDEN], base_stride values apart; added: what was
+// added to it, or null; x_out [rows, HIDDEN]: gets the two together, where it is not null. up int8 [WIDTH, (1 + SEEN) *
+// HIDDEN] and down [HIDDEN, WIDTH] in tiles, with scales by row; sums: cleared memory. The embeddings are table [vocab,
+// HIDDEN]; record, ancestor_at, row_nodes as in gather_seen. The lists are of listed_rows rows, the other arguments those
+// of draft_settle.
+extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
+    const u16* base, int base_stride, const int* added, u16* x_out, const uint4* up, const float* up_scales,
+    const uint4* down, const float2* down_scales, int* sums, int rows, const u16* table, const int* record,
+    const int* ancestor_at, const int* row_nodes, const u64* keys, const float* key_sums, const int* row_of,
+    const int* rank_of, int* tokens, float* chances, uint4* cleared, int num_cleared, int listed_rows, int guesses,
+    int first, int last) {
+    DYNAMIC_SHARED(shared);
+    const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);
+    float* scales = (float*)(shared + NUM_ROWS * ROW_PITCH);
+    float4* exchange = (float4*)(shared + NUM_ROWS * ROW_PITCH + (NUM_ROWS + 3) / 4 * 16);
+    u16* inner = (u16*)(exchange + WARPS * TOKEN_TILES * 32);
+#if PLACES
+    u64* room = (u64*)exchange;  // whose lists are merged before anything is exchanged
+    const Lists lists = {keys, key_sums, guesses};
+    if (blockIdx.x == WIDTH / 16) {
+        let_next_kernel_start();
+        wait_for_previous_kernel();
+        const Guessed guessed = {row_of, rank_of, tokens, chances, first, last};
+        const int at_once = max(1, min(8, ROOM_BYTES / (guesses * PLACES * 8)));
+        for (int i = threadIdx.x; i < num_cleared; i += 256) cleared[i] = make_uint4(0, 0, 0, 0);
+        for (int row = 0; row < listed_rows; row += at_once) {
+            settle_guesses((u64*)shared, lists, guessed, row, min(at_once, listed_rows - row), nullptr, 0);
+            __syncthreads();
+        }
+        return;
+    }
+#endif
+
+    Codes codes[SLOTS];
+    auto block_of = [&](int slot) { return slot * WARPS + warp; };
+    auto is_there = [&](int slot) { return (slot + 1) * WARPS <= BLOCKS || block_of(slot) < BLOCKS; };
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot)
+        if (is_there(slot)) codes[slot] = load_codes(up, blockIdx.x * BLOCKS + block_of(slot), lane);
+    // of D a lane has, in each tile of 16 rows x 64 columns, two words of a step of 16 columns (see int8_linear.py)
+    u32 words[DOWN_SLOTS][2];
+    float2 down_by[DOWN_SLOTS];
+#pragma unroll
+    for (int i = 0; i < DOWN_SLOTS; ++i) {
+        const int tile = i * WARPS + warp, step = blockIdx.x % 4;
+        if ((i + 1) * WARPS > DOWN_TILES && tile >= DOWN_TILES) continue;
+        const u32* from = (const u32*)(down + ((long long)tile * (WIDTH / 64) + blockIdx.x / 4) * 64 + step / 2 * 32 + lane);
+        words[i][0] = from[step % 2];
+        words[i][1] = from[step % 2 + 2];
+        down_by[i] = down_scales[tile * 8 + (lane >> 2)];
+    }
+    // the inner feature of this thread in a fragment of sums, and the row
+    const int feature = (threadIdx.x >> 4 & 7) * 2 + (threadIdx.x >> 1 & 1), column = (threadIdx.x >> 2 & 3) * 2 + (threadIdx.x & 1);
+    const float up_by = up_scales[blockIdx.x * 16 + feature];
+#if SEEN
+    const Seen seen = {table, record, ancestor_at, row_nodes};
+    const int node = known_node(seen, rows, warp, lane);
+#if MERGED
+    int guess = 0;  // of turn `lane`: where its key is among those merged
+    if (warp + lane * WARPS < rows) {
+        const int parent = ancestor_at[row_nodes[warp + lane * WARPS] * NEAR + SEEN - 1];
+        guess = row_of[parent] * MOST_GUESSES + rank_of[parent];
+    }
+#endif
+#endif
+    let_next_kernel_start();
+    wait_for_previous_kernel();  // weights and the tree's tables are never written; all else may be the previous kernel's
+
+    u32 a[DOWN_SLOTS][4];
+    auto widen_down = [&] {
+#pragma unroll
+        for (int i = 0; i < DOWN_SLOTS; ++i) {
+            a[i][0] = widen_int8<0>(words[i][0]);
+            a[i][1] = widen_int8<0>(words[i][1]);
+            a[i][2] = widen_int8<2>(words[i][0]);
+            a[i][3] = widen_int8<2>(words[i][1]);
+        }
+    };
+#if SEEN
+#if MERGED
+    SHARED u64 best[MOST_MERGED][MOST_GUESSES];
+    fetch_lists(room, lists, 0, listed_rows, 256);
+#endif
+    const int token = node < 0 ? 0 : seen_token(tokens, record, node);
+    commit_copies();
+    known_items(rows, warp, [&](int at, int turn, bool is_token) {
+        const u16* row = table + (long long)__shfl_sync(~0u, token, turn) * HIDDEN;
+        copy_row(shared + at * ROW_PITCH, is_token ? row : base, lane);
+    });
+    commit_copies();
+    widen_down();
+#if MERGED
+    wait_copies<1>();
+    __syncthreads();
+    for (int row = warp; row < listed_rows; row += WARPS) merge_lists(room + row * guesses * PLACES, guesses, best[row], lane);
+#endif
+    wait_copies<0>();
+    __syncwarp();
+    known_items(rows, warp, [&](int at, int turn, bool is_token) {
+        const float scale = convert_row(shared + at * ROW_PITCH, is_token, SEEN_EPS, lane);
+        if (lane == 0) scales[at] = scale;
+    });
+#if MERGED
+    __syncthreads();
+    const int guessed_token = (int)index_of((&best[0][0])[guess]);
+    for (int row = warp, turn = 0; row < rows; row += WARPS, ++turn)
+        copy_row(shared + seen_row(SEEN - 1, row) * ROW_PITCH, table + (long long)__shfl_sync(~0u, guessed_token, turn) * HIDDEN, lane);
+    commit_copies();
+    wait_copies<0>();
+    __syncwarp();
+    for (int row = warp; row < rows; row += WARPS) {
+        const int at = seen_row(SEEN - 1, row);
+        const float scale = convert_row(shared + at * ROW_PITCH, true, SEEN_EPS, lane);
+        if (lane == 0) scales[at] = scale;
+    }
+#endif
+#else
+    for (int row = warp; row < rows; row += WARPS) {
+        const Summed summed = load_summed(base + row * base_stride, added ? added + row * HIDDEN : nullptr, lane);
+        if (row == warp) widen_down();
+        float2 pairs[PAIRS];
+        add_up(pairs, summed);
+        if (x_out && blockIdx.x == 0)
+#pragma unroll
+            for (int i = 0; i < PAIRS; ++i) ((u32*)(x_out + row * HIDDEN))[lane + 32 * i] = pack2(pairs[i].x, pairs[i].y);
+        const float scale = write_planes(shared + row * ROW_PITCH, pairs, lane);
+        if (lane == 0) scales[row] = scale;
+    }
+    if (warp >= rows) widen_down();
+#endif
+    __syncthreads();
+
+    float part[TOKEN_TILES][4] = {};
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        if (!is_there(slot)) continue;
+        const int item = block_of(slot) / ROW_BLOCKS;  // what is seen, the hidden state first
+        const bool is_state = SEEN && item == 0;
+        const int at = is_state ? STATE : SEEN ? seen_row(item - 1, 0) : 0;
+        const u8* from = shared + block_of(slot) % ROW_BLOCKS * 64 + (lane >> 3) * 16;
+#pragma unroll
+        for (int t = 0; t < TOKEN_TILES; ++t) {
+            Products<1> products = {};
+            multiply_codes(products, codes[slot], from + (is_state ? at : at + t * 8 + (lane & 7)) * ROW_PITCH);
+            const float* by = scales + at + (is_state ? 0 : t * 8 + 2 * (lane & 3));
+            const float2 scale = make_float2(by[0], by[is_state ? 0 : 1]);
+#pragma unroll
+            for (int j = 0; j < 4; ++j)
+                part[t][j] = fmaf(products.sum(j), j & 1 ? scale.y : scale.x, part[t][j]);
+        }
+    }
+#pragma unroll
+    for (int t = 0; t < TOKEN_TILES; ++t)
+        exchange[(warp * TOKEN_TILES + t) * 32 + lane] = make_float4(part[t][0], part[t][1], part[t][2], part[t][3]);
+    __syncthreads();
+    for (int t = threadIdx.x / FRAGMENT; t < TOKEN_TILES; t += 256 / FRAGMENT) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int s = 0; s < WARPS; ++s)
+            sum += ((const float*)exchange)[(s * TOKEN_TILES + t) * FRAGMENT + threadIdx.x % FRAGMENT];
+        sum *= up_by;
+        inner[(t * 8 + column) * 16 + feature] = from_float(divide_fast(sum, 1.0f + exp2_fast(-1.4426950408889634f * sum)));
+    }
+    __syncthreads();
+    sums += (long long)(blockIdx.x % COPIES) * ROWS * HIDDEN;
+#pragma unroll
+    for (int t = 0; t < TOKEN_TILES; ++t) {
+        const u32* b = (const u32*)(inner + (t * 8 + (lane >> 2)) * 16) + (lane & 3);
+        const u32 b0 = b[0], b1 = b[4];
+        const int row = t * 8 + 2 * (lane & 3);
+#pragma unroll
+        for (int i = 0; i < DOWN_SLOTS; ++i) {
+            const int tile = i * WARPS + warp;
+            if ((i + 1) * WARPS > DOWN_TILES && tile >= DOWN_TILES) continue;
+            float c[4] = {};
+            multiply16x8x16(c, a[i][0], a[i][1], a[i][2], a[i][3], b0, b1);
+            u64* to = (u64*)(sums + row * HIDDEN + tile * 16 + 2 * (lane >> 2));
+            if (row < rows) add_fixed(to, c[0] * down_by[i].x, c[2] * down_by[i].y);
+            if (row + 1 < rows) add_fixed(to + HIDDEN / 2, c[1] * down_by[i].x, c[3] * down_by[i].y);
+        }
+    }
+}
