@@ -99,7 +99,7 @@ class Bench:
             self.runner.truncate(0)
             tokens = self.source.tokenizer.encode_chat([{"role": "user", "content": prompt}])
             state = self.runner.prefill(tokens[-64:])
-            found.append((state, int(self.runner.greedy(state.unsqueeze(0)))))
+            found.append((state, self.runner.greedy(state.unsqueeze(0))[0]))
         return found
 
     def plan(self, drafter: CudaDrafter, size: int) -> TreePlan:
