@@ -210,6 +210,22 @@ inline void await_mailbox(void* mailbox) {
         emulator::give_way();
     }
 }
+struct Gate {  // what a gate's eight bytes hold
+    u16 arrivals, missing;
+    u32 openings;
+};
+inline void make_gate(u64* gate, int arrivals) { *(Gate*)gate = {(u16)arrivals, (u16)arrivals, 0}; }
+inline void pass_gate(u64* at) {
+    Gate* gate = (Gate*)at;
+    if (--gate->missing == 0) { gate->missing = gate->arrivals; ++gate->openings; }
+}
+inline void await_gate(u64* at, int parity) {
+    const volatile Gate* gate = (const volatile Gate*)at;
+    for (int turns = 0; (int)(gate->openings % 2) == parity; ++turns) {
+        if (turns > 1000000) { fprintf(stderr, "a gate lacks %d arrivals\n", (int)gate->missing); abort(); }
+        emulator::give_way();
+    }
+}
 typedef u8* PeerAddress;
 inline PeerAddress peer_address(const void* mine, int rank) {
     u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
@@ -352,6 +368,8 @@ inline Operand operand_after(Operand tile, int bytes) { return tile + bytes; }
 inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 inline void publish_to_tensor_cores() {}
 inline void products_begin() {}
+template <int> void give_registers() {}
+template <int> void take_registers() {}
 inline void products_commit() {}
 template <int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
 template <int TILES>

@@ -65,7 +65,7 @@ class LinearConfig:
             assert self.depth == self.x_blocks == self.wgmma == 0, str(self)
         elif self.wgmma:
             assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.row_warps % self.cluster == 0, str(self)
-            assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 8, str(self)
+            assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 4, str(self)
             assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
             assert self.depth > 1 and self._round % 2 == 0, str(self)
         else:
@@ -73,7 +73,7 @@ class LinearConfig:
 
     @property
     def threads(self) -> int:
-        return 32 * self.row_warps * self.slice_warps
+        return 32 * (self.row_warps * self.slice_warps + 4 * self.wgmma)  # four more warps copy tokens
 
     @property
     def block_rows(self) -> int:
@@ -105,9 +105,9 @@ class LinearConfig:
         if self.wgmma:
             groups = self.slice_warps * self.cluster
             tokens = 3 * self.slice_warps * self.x_blocks * self.token_tiles * 1024
-            waiting = int(math.log2(SLICES // groups)) * self.threads * self.token_tiles * 16
+            waiting = int(math.log2(SLICES // groups)) * 32 * self.row_warps * self.slice_warps * self.token_tiles * 16
             exchange = groups * self.row_warps // self.cluster * self.token_tiles * 512 if groups > 1 else 0
-            return 1024 + tokens + waiting + exchange + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
+            return 1024 + tokens + waiting + exchange + 48 * self.slice_warps + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
         blocks = math.ceil(k / 64 / SLICES)
         exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
         stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)

@@ -22,7 +22,10 @@
 #endif
 enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8 };
 
-constexpr int THREADS = 32 * ROW_WARPS * SLICE_WARPS;
+#ifndef FEEDERS
+#define FEEDERS 0
+#endif
+constexpr int MULTIPLIERS = 32 * ROW_WARPS * SLICE_WARPS, THREADS = MULTIPLIERS + 32 * FEEDERS;
 constexpr int LOADS = IS_NF4 ? 1 : DECODE == 2 ? 2 : 4;  // 16-byte loads a lane and tile
 constexpr int TILE_BYTES = LOADS * 512;
 constexpr int BLOCK_ROW_TILES = ROW_WARPS * ROW_TILES;

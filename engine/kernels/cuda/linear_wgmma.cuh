@@ -9,6 +9,7 @@
 // Compile-time besides those of linear_parts.cuh: X_BLOCKS (blocks of 64 k that the tokens are copied by; three such
 // buffers for each run of slices), CLUSTER (thread blocks that share rows). ROW_WARPS is a multiple of 4, ROW_TILES 1.
 
+#define FEEDERS 4  // warps that copy tokens, together the four that can give registers away
 #include "linear_parts.cuh"
 
 constexpr int OPERAND_BYTES = TOKEN_TILES * 1024;  // 64 k of all tokens
@@ -19,21 +20,26 @@ constexpr int LEVELS = OWN_SLICES == 8 ? 3 : OWN_SLICES == 4 ? 2 : OWN_SLICES ==
 constexpr int ROUND = X_BLOCKS > DEPTH ? X_BLOCKS : DEPTH;  // blocks a slice is filled up to a multiple of
 constexpr int OWN_TILES = ROW_WARPS / CLUSTER;  // row tiles whose sums a thread block of the cluster finishes
 constexpr int SUMS = TOKEN_TILES * 32;  // float4 of a warp's sums
+constexpr int RUN_FEEDERS = FEEDERS / SLICE_WARPS;  // warps that copy the tokens of one run of slices
+// A multiprocessor's registers, as many for each thread, are shared out anew: those that feed need few.
+constexpr int REGISTERS = 65536 / MIN_BLOCKS / THREADS / 8 * 8, FEEDER_REGISTERS = REGISTERS < 128 ? 56 : 64;
+constexpr int LEFT_REGISTERS = (REGISTERS * THREADS - FEEDER_REGISTERS * 32 * FEEDERS) / MULTIPLIERS / 8 * 8;
+constexpr int FETCHED = DEPTH < 4 ? 1 : DEPTH / 2;  // blocks that are loaded together
 
 // Add a finished slice to those before it, as a binary tree. `waiting` holds one value a level for this thread.
 __device__ __forceinline__ void add_slice(float (&sums)[TOKEN_TILES][4], float4* waiting, int slice) {
 #pragma unroll
     for (int level = 0; level < LEVELS; ++level) {
-        float4* place = waiting + level * TOKEN_TILES * THREADS;
+        float4* place = waiting + level * TOKEN_TILES * MULTIPLIERS;
         if (!(slice >> level & 1)) {
 #pragma unroll
             for (int t = 0; t < TOKEN_TILES; ++t)
-                place[t * THREADS] = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
+                place[t * MULTIPLIERS] = make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]);
             return;
         }
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) {
-            const float4 before = place[t * THREADS];
+            const float4 before = place[t * MULTIPLIERS];
             sums[t][0] = before.x + sums[t][0];
             sums[t][1] = before.y + sums[t][1];
             sums[t][2] = before.z + sums[t][2];
@@ -42,21 +48,86 @@ __device__ __forceinline__ void add_slice(float (&sums)[TOKEN_TILES][4], float4*
     }
 }
 
+// Copy the tokens of a run of slices into its ring, X_BLOCKS blocks at a time: the work of a few warps, so that those that
+// multiply neither spend instructions on it nor wait for each other. `feeder` numbers the threads that share it.
+__device__ __forceinline__ void feed_tokens(
+    u8* ring, u64* full, u64* empty, const u16* x, int feeder, int tokens, int k, int first_slice, int per_slice) {
+    constexpr int PIECES = TOKEN_TILES * 64, STEP = 32 * RUN_FEEDERS, TURNS = (X_BLOCKS * PIECES + STEP - 1) / STEP;
+    const int blocks = k / 64, stages = OWN_SLICES * per_slice / X_BLOCKS;
+    int slice = first_slice, ahead = 0, buffer = 0, parity = 1;  // the first round finds all buffers empty
+    auto publish = [&](int of) {
+        publish_to_tensor_cores();
+        __syncwarp();
+        if ((feeder & 31) == 0) pass_gate(full + of);
+    };
+    for (int stage = 0; stage < stages; ++stage) {
+        await_gate(empty + buffer, parity);
+        u8* to = ring + buffer * BUFFER_BYTES;
+        const u16* from = x + (ahead * SLICES + slice) * 64;
+#pragma unroll 4
+        for (int turn = 0; turn < TURNS; ++turn) {
+            const int i = turn * STEP + feeder, piece = i & 7, token = i / 8 % (TOKEN_TILES * 8), of = i / PIECES;
+            const bool exists = token < tokens && (ahead + of) * SLICES + slice < blocks && !(ABLATE & NO_TOKENS);
+            const u16* place = from + (token * k + of * (SLICES * 64) + piece * 8);
+            if ((X_BLOCKS * PIECES) % STEP == 0 || i < X_BLOCKS * PIECES)
+                copy16_or_zero(to + of * OPERAND_BYTES + operand_offset(token, piece), exists ? place : x, exists);
+        }
+        commit_copies();
+        if (stage > 0) {  // the stage before has had a stage's time to arrive
+            wait_copies<1>();
+            publish(buffer ? buffer - 1 : BUFFERS - 1);
+        }
+        if (++buffer == BUFFERS) {
+            buffer = 0;
+            parity ^= 1;
+        }
+        ahead += X_BLOCKS;
+        if (ahead == per_slice) {
+            ahead = 0;
+            ++slice;
+        }
+    }
+    wait_copies<0>();
+    publish(buffer ? buffer - 1 : BUFFERS - 1);
+}
+
 // Grid: (CLUSTER, row blocks) in clusters of (CLUSTER, 1); arguments as in linear.cuh, but for workspace and counters.
+// The last warps of a thread block feed the others.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
     float4*, u32*, int tokens, int n, int k, int epilogue) {
     DYNAMIC_SHARED(all_shared);
     u8* shared = align1024(all_shared + WIDE_BYTES);
     float4* waiting = (float4*)(shared + SLICE_WARPS * BUFFERS * BUFFER_BYTES);
-    float4* exchange = waiting + LEVELS * TOKEN_TILES * THREADS;
+    float4* exchange = waiting + LEVELS * TOKEN_TILES * MULTIPLIERS;
+    u64* gates = (u64*)(exchange + (GROUPS > 1 ? GROUPS * OWN_TILES * SUMS : 0));
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
-    const int row_warp = warp % ROW_WARPS, slice_warp = warp / ROW_WARPS;
+    const bool feeds = warp >= ROW_WARPS * SLICE_WARPS;
+    const int row_warp = warp % ROW_WARPS;
+    const int slice_warp = feeds ? (warp - ROW_WARPS * SLICE_WARPS) / RUN_FEEDERS : warp / ROW_WARPS;
     const int group = blockIdx.x * SLICE_WARPS + slice_warp, first_slice = group * OWN_SLICES;
     const int blocks = k / 64, row_tiles = n / 16, block_tile = blockIdx.y * ROW_WARPS;
     const int per_slice = ((blocks + SLICES - 1) / SLICES + ROUND - 1) / ROUND * ROUND;
     const int rounds = OWN_SLICES * per_slice / ROUND;
     if (CLUSTER > 1) cluster_arrive();
+    u8* ring = shared + slice_warp * BUFFERS * BUFFER_BYTES;
+    u64 *full = gates + slice_warp * 2 * BUFFERS, *empty = full + BUFFERS;
+    const int feeder = (int)threadIdx.x % (32 * RUN_FEEDERS);
+    if (feeds && feeder < BUFFERS) {
+        make_gate(full + lane, RUN_FEEDERS);
+        make_gate(empty + lane, ROW_WARPS);
+    }
+
+    if (feeds) {
+        give_registers<FEEDER_REGISTERS>();
+        load_tables(table, all_shared);
+        let_next_kernel_start();
+        __syncthreads();
+        wait_for_previous_kernel();
+        feed_tokens(ring, full, empty, x, feeder, tokens, k, first_slice, per_slice);
+        return;
+    }
+    take_registers<LEFT_REGISTERS>();
 
     // Blocks past the end of a slice multiply tokens of zero by any weights; row tiles past the end are not written.
     const long long first_tile = (long long)min(block_tile + row_warp, row_tiles - 1) * blocks + first_slice;
@@ -79,7 +150,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         }
     };
 #pragma unroll
-    for (int d = 0; d < DEPTH - 1; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
+    for (int d = 0; d < DEPTH; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
     if (PREFETCH && TILE_STEP && threadIdx.x < ROW_WARPS && block_tile + threadIdx.x < row_tiles) {
         const int share = (blocks + CLUSTER - 1) / CLUSTER, from = blockIdx.x * share, count = min(share, blocks - from);
         const long long tile = (long long)(block_tile + threadIdx.x) * blocks + from;
@@ -90,42 +161,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     const Tables tables = load_tables(table, all_shared);
     let_next_kernel_start();
+    __syncthreads();  // the table is complete, the gates are made
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
-
-    u8* ring = shared + slice_warp * BUFFERS * BUFFER_BYTES;
-    int stage_slice = first_slice, stage_block = 0, stage_buffer = 0;
-    auto stage_tokens = [&]() {  // the next X_BLOCKS blocks of the run, by the warps that share it
-        constexpr int PIECES = TOKEN_TILES * 64, STEP = 32 * ROW_WARPS;
-        u8* buffer = ring + stage_buffer * BUFFER_BYTES;
-#pragma unroll
-        for (int from = 0; from < X_BLOCKS * PIECES; from += STEP) {
-            const int i = from + row_warp * 32 + lane;
-            const int piece = i & 7, token = i / 8 % (TOKEN_TILES * 8), ahead_of = i / PIECES;
-            const int block = (stage_block + ahead_of) * SLICES + stage_slice;
-            const bool exists = token < tokens && block < blocks && stage_slice < first_slice + OWN_SLICES;
-            if ((X_BLOCKS * PIECES) % STEP == 0 || i < X_BLOCKS * PIECES)
-                copy16_or_zero(
-                    buffer + ahead_of * OPERAND_BYTES + operand_offset(token, piece),
-                    x + (exists ? (long long)token * k + block * 64 + piece * 8 : 0), exists && !(ABLATE & NO_TOKENS));
-        }
-        commit_copies();
-        stage_buffer = stage_buffer + 1 == BUFFERS ? 0 : stage_buffer + 1;
-        stage_block += X_BLOCKS;
-        if (stage_block == per_slice) {
-            stage_block = 0;
-            ++stage_slice;
-        }
-    };
-    __syncthreads();  // the table is complete
-    stage_tokens();
-    stage_tokens();
 
     float sums[TOKEN_TILES][4] = {}, products[TOKEN_TILES][4] = {};
     u32 codes[2][4][4] = {};
-    int buffer = 0, done = -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
+    float2 scale = make_float2(0.0f, 0.0f);  // of the block under way
+    int buffer = 0, parity = 0, done = -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
     // Take the products of the block before, which the tensor cores have finished with. That a slice may end at any
     // block is asked so that there is a branch: the compiler keeps what lies behind it behind the products of before.
-    auto take = [&](float2 scale) {
+    auto take = [&]() {
 #if IS_NF4
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) add_scaled(sums[t], scale, products[t]);
@@ -144,17 +189,15 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll
         for (int d = 0; d < ROUND; ++d) {
-            Prefetched &tile = ahead[d % DEPTH], &before = ahead[(d + DEPTH - 1) % DEPTH];
+            Prefetched& tile = ahead[d % DEPTH];
             decode_half(tile, 0, tables, codes[d & 1]);
             decode_half(tile, 1, tables, codes[d & 1]);
             products_wait(products, codes[~d & 1]);
-            take(before.scale);
-            fetch(before, (d + DEPTH) % ROUND == 0);
+            take();
+            scale = tile.scale;
             if (d % X_BLOCKS == 0) {
-                wait_copies<1>();
-                publish_to_tensor_cores();
-                barrier(1 + slice_warp, 32 * ROW_WARPS);
-                stage_tokens();  // into the buffer that all have finished with
+                if (lane == 0 && (d > 0 || round > 0)) pass_gate(empty + (buffer ? buffer - 1 : BUFFERS - 1));
+                await_gate(full + buffer, parity);
             }
             const Operand operand = operand_at(ring + buffer * BUFFER_BYTES + d % X_BLOCKS * OPERAND_BYTES);
             products_begin();
@@ -163,12 +206,22 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 multiply64(products, codes[d & 1][step][0], codes[d & 1][step][1], codes[d & 1][step][2],
                            codes[d & 1][step][3], operand, step, step > 0 || (!IS_NF4 && done > 0));
             products_commit();
-            if (d % X_BLOCKS == X_BLOCKS - 1) buffer = buffer + 1 == BUFFERS ? 0 : buffer + 1;
+            if (d % X_BLOCKS == X_BLOCKS - 1 && ++buffer == BUFFERS) {
+                buffer = 0;
+                parity ^= 1;
+            }
+            // Loads ahead are made several together: a warp can wait for few of them one by one.
+            if (d % FETCHED == FETCHED - 1) {
+#pragma unroll
+                for (int i = 0; i < FETCHED; ++i) {
+                    const int from = d - FETCHED + 1 + i;
+                    fetch(ahead[from % DEPTH], (from + DEPTH + 1) % ROUND == 0);
+                }
+            }
         }
     }
     products_wait(products, codes[1]);
-    take(ahead[DEPTH - 1].scale);
-    wait_copies<0>();
+    take();
 
     if (GROUPS == 1 || (ABLATE & NO_EXCHANGE)) {
         float all[1][TOKEN_TILES][4];
@@ -188,7 +241,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (CLUSTER > 1) {
         cluster_barrier();
     } else {
-        __syncthreads();
+        barrier(1, MULTIPLIERS);
     }
     for (int item = warp; item < OWN_TILES * TOKEN_TILES; item += ROW_WARPS * SLICE_WARPS) {
         float4 part[GROUPS];

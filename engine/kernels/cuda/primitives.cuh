@@ -226,6 +226,22 @@ __device__ __forceinline__ void await_mailbox(void* mailbox) {
         ::"r"((u32)__cvta_generic_to_shared(mailbox)) : "memory");
 }
 
+// A gate in shared memory (8 bytes) that opens, again and again, when it has been passed `arrivals` times: one thread
+// makes it, before a barrier. The n-th opening (from 0) is awaited with parity n % 2, by whom it then shows what those
+// who passed had written.
+__device__ __forceinline__ void make_gate(u64* gate, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 ::"r"((u32)__cvta_generic_to_shared(gate)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void pass_gate(u64* gate) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((u32)__cvta_generic_to_shared(gate)) : "memory");
+}
+__device__ __forceinline__ void await_gate(u64* gate, int parity) {
+    asm volatile(
+        "{\n.reg .pred open;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 open, [%0], %1;\n@!open bra again;\n}"
+        ::"r"((u32)__cvta_generic_to_shared(gate)), "r"(parity) : "memory");
+}
+
 // Where thread block `rank` of the cluster has what this one has at `mine` in its shared memory.
 typedef u32 PeerAddress;
 __device__ __forceinline__ PeerAddress peer_address(const void* mine, int rank) {
@@ -316,6 +332,12 @@ __device__ __forceinline__ Operand operand_at(const u8* tile) {
     return (1ull << 62) | (64ull << 32) | (1ull << 16) | ((u32)__cvta_generic_to_shared(tile) >> 4);
 }
 __device__ __forceinline__ Operand operand_after(Operand tile, int bytes) { return tile + (u32)(bytes >> 4); }
+
+// Four warps give registers back, or get more, up to COUNT a thread (a multiple of 8); the latter waits for the former.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
 
 #define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 #define CODES4(a) "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])
