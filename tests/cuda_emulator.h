@@ -371,7 +371,7 @@ inline void products_begin() {}
 template <int> void give_registers() {}
 template <int> void take_registers() {}
 inline void products_commit() {}
-template <int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
+template <int PENDING, int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
 template <int TILES>
 void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, Operand tile, int step, int keep) {
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

@@ -24,7 +24,8 @@ constexpr int RUN_FEEDERS = FEEDERS / SLICE_WARPS;  // warps that copy the token
 // A multiprocessor's registers, as many for each thread, are shared out anew: those that feed need few.
 constexpr int REGISTERS = 65536 / MIN_BLOCKS / THREADS / 8 * 8, FEEDER_REGISTERS = REGISTERS < 128 ? 56 : 64;
 constexpr int LEFT_REGISTERS = (REGISTERS * THREADS - FEEDER_REGISTERS * 32 * FEEDERS) / MULTIPLIERS / 8 * 8;
-constexpr int FETCHED = DEPTH < 4 ? 1 : DEPTH / 2;  // blocks that are loaded together
+constexpr int SETS = IS_NF4 && !(ABLATE & ONE_SET) ? 2 : 1;  // of products: one is added while the next is made
+constexpr int FETCHED = ABLATE & ONE_BY_ONE ? 1 : DEPTH < 4 ? 1 : DEPTH / 2;  // blocks that are loaded together
 
 // Add a finished slice to those before it, as a binary tree. `waiting` holds one value a level for this thread.
 __device__ __forceinline__ void add_slice(float (&sums)[TOKEN_TILES][4], float4* waiting, int slice) {
@@ -164,13 +165,13 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     __syncthreads();  // the table is complete, the gates are made
     wait_for_previous_kernel();  // weights are never written; all else may be the previous kernel's
 
-    float sums[TOKEN_TILES][4] = {}, products[TOKEN_TILES][4] = {};
+    float sums[TOKEN_TILES][4] = {}, products[SETS][TOKEN_TILES][4] = {};
     u32 codes[2][4][4] = {};
     float2 scale = make_float2(0.0f, 0.0f);  // of the block under way
-    int buffer = 0, parity = 0, done = -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
+    int buffer = 0, parity = 0, done = SETS == 2 ? 0 : -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
     // Take the products of the block before, which the tensor cores have finished with. That a slice may end at any
     // block is asked so that there is a branch: the compiler keeps what lies behind it behind the products of before.
-    auto take = [&]() {
+    auto take = [&](float (&products)[TOKEN_TILES][4]) {
 #if IS_NF4
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) add_scaled(sums[t], scale, products[t]);
@@ -186,26 +187,41 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0.0f;
     };
+    auto free_buffer = [&](bool is_first) {  // the one before the current
+        if (lane == 0 && !is_first) pass_gate(empty + (buffer ? buffer - 1 : BUFFERS - 1));
+    };
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll
         for (int d = 0; d < ROUND; ++d) {
+            const int set = SETS == 2 ? d & 1 : 0;
             Prefetched& tile = ahead[d % DEPTH];
             decode_half(tile, 0, tables, codes[d & 1]);
             decode_half(tile, 1, tables, codes[d & 1]);
-            products_wait(products, codes[~d & 1]);
-            take();
-            scale = tile.scale;
-            if (d % X_BLOCKS == 0) {
-                if (lane == 0 && (d > 0 || round > 0)) pass_gate(empty + (buffer ? buffer - 1 : BUFFERS - 1));
-                await_gate(full + buffer, parity);
+            if (SETS == 1) {
+                products_wait<0>(products[0], codes[~d & 1]);
+                take(products[0]);
+                scale = tile.scale;
+                if (d % X_BLOCKS == 0) free_buffer(d == 0 && round == 0);
             }
+            if (d % X_BLOCKS == 0) await_gate(full + buffer, parity);
             const Operand operand = operand_at(ring + buffer * BUFFER_BYTES + d % X_BLOCKS * OPERAND_BYTES);
             products_begin();
 #pragma unroll
             for (int step = 0; step < 4; ++step)
-                multiply64(products, codes[d & 1][step][0], codes[d & 1][step][1], codes[d & 1][step][2],
+                multiply64(products[set], codes[d & 1][step][0], codes[d & 1][step][1], codes[d & 1][step][2],
                            codes[d & 1][step][3], operand, step, step > 0 || (!IS_NF4 && done > 0));
             products_commit();
+            if (SETS == 2 && d > 0) {  // the tensor cores go on with this block while the one before is added
+                products_wait<1>(products[set ^ (SETS - 1)], codes[~d & 1]);
+                take(products[set ^ (SETS - 1)]);
+                if (d % X_BLOCKS == 0) free_buffer(false);
+            }
+            if (SETS == 2) scale = tile.scale;
+            if (SETS == 2 && d == ROUND - 1) {
+                products_wait<0>(products[set], codes[d & 1]);
+                take(products[set]);
+                if (lane == 0) pass_gate(empty + buffer);
+            }
             if (d % X_BLOCKS == X_BLOCKS - 1 && ++buffer == BUFFERS) {
                 buffer = 0;
                 parity ^= 1;
@@ -220,8 +236,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
             }
         }
     }
-    products_wait(products, codes[1]);
-    take();
+    if (SETS == 1) {
+        products_wait<0>(products[0], codes[1]);
+        take(products[0]);
+    }
 
     if (GROUPS == 1 || (ABLATE & NO_EXCHANGE)) {
         float all[1][TOKEN_TILES][4];

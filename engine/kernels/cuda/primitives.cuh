@@ -342,21 +342,22 @@ __device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.
 #define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 #define CODES4(a) "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])
 #define SUMS16(c, i) SUMS4(c[i]), SUMS4(c[i + 1]), SUMS4(c[i + 2]), SUMS4(c[i + 3])
-// Wait for the products under way: their sums may be read then, and their left operand's registers written.
-template <int TILES>
+// Wait for all products under way but the last PENDING committed: the sums `c` may be read then, and the registers of
+// their left operand `a` written.
+template <int PENDING, int TILES>
 __device__ __forceinline__ void products_wait(float (&c)[TILES][4], u32 (&a)[4][4]) {
     if constexpr (TILES == 1)
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS4(c[0]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %20;"
+            : SUMS4(c[0]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
     else if constexpr (TILES == 2)
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS4(c[0]), SUMS4(c[1]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %24;"
+            : SUMS4(c[0]), SUMS4(c[1]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
     else if constexpr (TILES == 4)
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS16(c, 0), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %32;"
+            : SUMS16(c, 0), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
     else
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS16(c, 0), SUMS16(c, 4), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %48;"
+            : SUMS16(c, 0), SUMS16(c, 4), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
 }
 
 // c[64 x 8 TILES] (+)= a * the 16 columns from 16 * step on of the operand at `tile` (8 * TILES rows of 64 values, at a
