@@ -43,6 +43,7 @@ class LinearBank:
         seen: Seen | None = None,
         silu: bool = False,
         best: bool = False,
+        then: PackedLinear | None = None,
     ) -> Tensor:
         """Compute into `out`; see `run_linear`. What a launch can do besides is known by `config`."""
         config = self.config(weight, x.shape[0] if seen is None else len(seen.row_nodes))
@@ -56,6 +57,7 @@ class LinearBank:
             seen=seen,
             silu=silu,
             best=best,
+            then=then,
             out=out,
             load=self._load,
         )
