@@ -106,24 +106,19 @@ class Forward:
     def _layers(self, rows: int, attend: Callable[[int, Tensor], None]) -> None:
         memory, linear = self._memory, self._linear
         x, attended = memory.x[:rows], memory.attended[:rows].flatten(1)
-        layers = self._weights.layers
-        following = [*(layer.qkv for layer in layers[1:]), self._weights.lm_head]
-        for index, (layer, then) in enumerate(zip(layers, following, strict=True)):
-            qkv = memory.qkv[:rows]
-            attend(index, self._normed(x, layer.attention_norm, layer.qkv, qkv, then=layer.attention_output))
-            linear(attended, layer.attention_output, residual=x, then=layer.gate_up, out=x)
-            inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows], then=layer.down)
-            linear(inner, layer.down, residual=x, then=then, out=x)
+        for index, layer in enumerate(self._weights.layers):
+            attend(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
+            linear(attended, layer.attention_output, residual=x, out=x)
+            inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows])
+            linear(inner, layer.down, residual=x, out=x)
 
-    def _normed(
-        self, x: Tensor, norm: Tensor, matrix: PackedLinear, out: Tensor, *, then: PackedLinear
-    ) -> Tensor:
+    def _normed(self, x: Tensor, norm: Tensor, matrix: PackedLinear, out: Tensor) -> Tensor:
         """Norm and matrix, in one launch where the matrix's own can do both: the bits are the same."""
         if self._linear.config(matrix, len(x)).can_normalize(matrix.k):
-            return self._linear(x, matrix, norm=Norm(norm, self._eps), then=then, out=out)
+            return self._linear(x, matrix, norm=Norm(norm, self._eps), out=out)
         normed = self._memory.normed[: len(x)]
         self._norm(x, norm, normed)
-        return self._linear(normed, matrix, then=then, out=out)
+        return self._linear(normed, matrix, out=out)
 
     def _attend(
         self,

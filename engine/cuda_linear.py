@@ -43,7 +43,6 @@ class LinearBank:
         seen: Seen | None = None,
         silu: bool = False,
         best: bool = False,
-        then: PackedLinear | None = None,
     ) -> Tensor:
         """Compute into `out`; see `run_linear`. What a launch can do besides is known by `config`."""
         config = self.config(weight, x.shape[0] if seen is None else len(seen.row_nodes))
@@ -57,7 +56,6 @@ class LinearBank:
             seen=seen,
             silu=silu,
             best=best,
-            then=then,
             out=out,
             load=self._load,
         )

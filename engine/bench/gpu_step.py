@@ -126,7 +126,6 @@ class Stack:
     def __init__(self, name: str, kind: str, report: Report) -> None:
         self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.inner, self.vocab = MODELS[name]
         self.report, self.kind, self.load = report, kind, nvrtc.load_kernel
-        self.asks_ahead = True  # the next matrix, as the engine's steps do
         self.workspace = Workspace("cuda")
         width, head_dim = self.hidden, self.head_dim
         sizes = [((self.heads + 2 * self.kv_heads) * head_dim, width), (width, self.heads * head_dim)]
@@ -172,19 +171,17 @@ class Stack:
 
     def step(self) -> None:
         x = self.x
-        following = [*(layer[0] for layer in self.weights[1:]), self.lm_head]
-        for layer, ((qkv, output, gate_up, down), then) in enumerate(zip(self.weights, following, strict=True)):
-            asked = (output, gate_up, down, then) if self.asks_ahead else (None,) * 4
-            h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), qkv, then=asked[0])
+        for layer, (qkv, output, gate_up, down) in enumerate(self.weights):
+            h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), qkv)
             keys, values = (cache[layer] for cache in self.cache)
             scratch = self.scratch[0][layer], self.scratch[1][layer]
             attended = tree_attention(
                 h, self.angles, self.record, self.depth, self.table, keys, values, scratch, self.attention,
                 load=self.load,
             )  # fmt: skip
-            x = self.linear(attended.flatten(1), output, residual=x, then=asked[1])
-            h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), gate_up, then=asked[2])
-            x = self.linear(h, down, residual=x, then=asked[3])
+            x = self.linear(attended.flatten(1), output, residual=x)
+            h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), gate_up)
+            x = self.linear(h, down, residual=x)
         self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), self.lm_head, out=self.logits)
         keys = fused_ops.argmax_keys(self.logits, load=self.load)
         fused_ops.accept_greedy(keys, self.tokens, self.parents, self.record, load=self.load)
@@ -223,9 +220,6 @@ def step_parts(name: str, nodes: tuple[int, ...] = (1, 32)) -> Callable[[Report]
             stack.set_tree(count)
             stack.load = nvrtc.load_kernel
             row = {"ms": round(_time_step(stack), 4), "without": {}}
-            stack.asks_ahead = False
-            row["without"]["asking ahead"] = round(_time_step(stack), 4)
-            stack.asks_ahead = True
             for group, left_out in groups.items():
                 stack.load = partial(_load_unless, left_out)
                 row["without"][group] = round(_time_step(stack), 4)

@@ -16,7 +16,6 @@ from engine.kernels.nvrtc import Kernel, load_kernel
 __all__ = ["LoadKernel", "PackedLinear", "Workspace", "run_linear"]
 
 PLAIN, ADD_RESIDUAL, SWIGLU, FLOAT32, SILU = 0, 1, 2, 3, 4
-ASKED_BYTES = 12 << 20  # of the matrix after a launch: what memory brings in the pause between two
 LoadKernel = Callable[..., Kernel]
 
 
@@ -75,7 +74,6 @@ def run_linear(
     seen: Seen | None = None,
     silu: bool = False,
     best: bool = False,
-    then: PackedLinear | None = None,
     out: Tensor | None = None,
     load: LoadKernel = load_kernel,
 ) -> Tensor:
@@ -85,8 +83,7 @@ def run_linear(
     `resident` configurations. A float32 `out` gets unrounded sums (for logits). For configurations that can: with
     `norm`, x is normalised first, to the bits of `fused_ops.rms_norm`; with `seen`, x is the hidden state [1, hidden]
     behind the inputs; with `best`, `out` int64 [tokens, places] gets keys whose largest is a token's largest result,
-    as `fused_ops.argmax_keys` gives them. The matrix `then`, which the stream needs next, is asked into the GPU's cache
-    while this launch ends, as far as `ASKED_BYTES` go.
+    as `fused_ops.argmax_keys` gives them.
     """
     tokens = x.shape[0] if seen is None else len(seen.row_nodes)
     width = weight.n // 2 if weight.gate_up else weight.n
@@ -109,21 +106,8 @@ def run_linear(
         assert residual is None or residual.shape == out.shape, "this configuration adds a residual for each token"
         workspace.reserve(config.workspace_floats(weight.n))
         arguments += [out, workspace.partial, workspace.counters, tokens, weight.n, weight.k, epilogue]
-        arguments += _following(then)
     kernel(config.grid(weight.n), config.threads, arguments, config.shared_bytes(weight.k))
     return out
-
-
-def _following(then: PackedLinear | None) -> list[Tensor | int | None]:
-    """Return what a launch is told of the matrix after it: the start of each of its row tiles."""
-    if then is None:
-        return [None, None, 0, 0, 0]
-    tiles = then.n // 16
-    stride = then.weights.nbytes // tiles
-    block = 64 * stride // then.k
-    num_bytes = min(stride, block * max(1, ASKED_BYTES // (tiles * block)))
-    has_block_scales = then.decode < Decode.INT8
-    return [then.weights, then.scales if has_block_scales else None, tiles, stride, num_bytes]
 
 
 def _epilogue(weight: PackedLinear, residual: Tensor | None, silu: bool, out: Tensor) -> int:

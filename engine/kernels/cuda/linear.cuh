@@ -14,8 +14,7 @@ constexpr int TOGETHER = TOKEN_TILES * ROW_TILES <= 4 ? TOKEN_TILES : ROW_TILES 
 // table: the 256 pairs, or the eight words of the byte tables; int8 none. counters start at zero and end so.
 extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
-    float4* workspace, u32* counters, int tokens, int n, int k, int epilogue, const u8* next_weights,
-    const u8* next_matrix_scales, int next_tiles, int next_stride, int next_bytes) {
+    float4* workspace, u32* counters, int tokens, int n, int k, int epilogue) {
     DYNAMIC_SHARED(shared);
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const int row_warp = warp % ROW_WARPS, slice_warp = warp / ROW_WARPS;
@@ -114,10 +113,6 @@ extern "C" __global__ void __launch_bounds__(THREADS, MIN_BLOCKS) linear(
         if (chunk + 2 < chunks) stage_tokens(chunk + 2);
     }
 
-    if (threadIdx.x == 0) {
-        const Following following = {next_weights, next_matrix_scales, next_tiles, next_stride, next_bytes};
-        following.ask(blockIdx.y * gridDim.x + blockIdx.x, gridDim.x * gridDim.y);
-    }
     add_slices(sums, (float4*)shared, row_warp, slice_warp, lane);
     if (!add_parts(sums, workspace, counters, blockIdx.x, row_warp, slice_warp, lane)) return;
     if (slice_warp == 0) write_sums(sums, scales, y, residual, first_tile, lane, tokens, n, epilogue);

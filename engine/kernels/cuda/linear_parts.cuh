@@ -55,19 +55,6 @@ __device__ __forceinline__ void prefetch_tiles(const uint4* weights, const float
     if (IS_NF4) prefetch_l2(scales + (tile + first) * 8, mine * 64);
 }
 
-// The first `bytes` of each row tile of the matrix that comes next, `stride` apart, and an eighth of them of its scales
-// where it has such: asked for by the last of this launch, when memory is about to idle.
-struct Following {
-    const u8 *weights, *scales;
-    int tiles, stride, bytes;
-    __device__ __forceinline__ void ask(int asker, int askers) const {
-        for (int tile = asker; tile < tiles; tile += askers) {
-            prefetch_l2(weights + (long long)tile * stride, bytes);
-            if (scales) prefetch_l2(scales + (long long)tile * (stride / 8), bytes / 8);
-        }
-    }
-};
-
 // What decoding needs: this lane's column of the pair table, or the byte tables.
 struct Tables {
     SharedAddress column;

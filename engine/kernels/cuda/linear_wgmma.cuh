@@ -24,9 +24,7 @@ constexpr int RUN_FEEDERS = FEEDERS / SLICE_WARPS;  // warps that copy the token
 // A multiprocessor's registers, as many for each thread, are shared out anew: those that feed need few.
 constexpr int REGISTERS = 65536 / MIN_BLOCKS / THREADS / 8 * 8, FEEDER_REGISTERS = REGISTERS < 128 ? 56 : 64;
 constexpr int LEFT_REGISTERS = (REGISTERS * THREADS - FEEDER_REGISTERS * 32 * FEEDERS) / MULTIPLIERS / 8 * 8;
-// Sets of products, where registers allow two: one is added while the next is made.
-constexpr int TWO_SETS_TAKE = 12 * TOKEN_TILES + 6 * DEPTH + 56;
-constexpr int SETS = IS_NF4 && TWO_SETS_TAKE <= LEFT_REGISTERS && !(ABLATE & ONE_SET) ? 2 : 1;
+constexpr int SETS = IS_NF4 && !(ABLATE & ONE_SET) ? 2 : 1;  // of products: one is added while the next is made
 constexpr int FETCHED = ABLATE & ONE_BY_ONE ? 1 : DEPTH < 4 ? 1 : DEPTH / 2;  // blocks that are loaded together
 
 // Add a finished slice to those before it, as a binary tree. `waiting` holds one value a level for this thread.
@@ -98,8 +96,7 @@ __device__ __forceinline__ void feed_tokens(
 // The last warps of a thread block feed the others.
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, MIN_BLOCKS) linear_wgmma(
     const u16* x, const uint4* weights, const float2* scales, const u32* table, const u16* residual, u16* y,
-    float4*, u32*, int tokens, int n, int k, int epilogue, const u8* next_weights, const u8* next_matrix_scales,
-    int next_tiles, int next_stride, int next_bytes) {
+    float4*, u32*, int tokens, int n, int k, int epilogue) {
     DYNAMIC_SHARED(all_shared);
     u8* shared = align1024(all_shared + WIDE_BYTES);
     float4* waiting = (float4*)(shared + SLICE_WARPS * BUFFERS * BUFFER_BYTES);
@@ -129,10 +126,6 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         __syncthreads();
         wait_for_previous_kernel();
         feed_tokens(ring, full, empty, x, feeder, tokens, k, first_slice, per_slice);
-        const Following following = {next_weights, next_matrix_scales, next_tiles, next_stride, next_bytes};
-        if (lane == 0)
-            following.ask((blockIdx.y * CLUSTER + blockIdx.x) * FEEDERS + warp - ROW_WARPS * SLICE_WARPS,
-                          gridDim.y * CLUSTER * FEEDERS);
         return;
     }
     take_registers<LEFT_REGISTERS>();
