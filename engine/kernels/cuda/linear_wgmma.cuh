@@ -24,7 +24,9 @@ constexpr int RUN_FEEDERS = FEEDERS / SLICE_WARPS;  // warps that copy the token
 // A multiprocessor's registers, as many for each thread, are shared out anew: those that feed need few.
 constexpr int REGISTERS = 65536 / MIN_BLOCKS / THREADS / 8 * 8, FEEDER_REGISTERS = REGISTERS < 128 ? 56 : 64;
 constexpr int LEFT_REGISTERS = (REGISTERS * THREADS - FEEDER_REGISTERS * 32 * FEEDERS) / MULTIPLIERS / 8 * 8;
-constexpr int SETS = IS_NF4 && !(ABLATE & ONE_SET) ? 2 : 1;  // of products: one is added while the next is made
+// Sets of products, where registers allow two: one is added while the next is made.
+constexpr int TWO_SETS_TAKE = 12 * TOKEN_TILES + 6 * DEPTH + 56;
+constexpr int SETS = IS_NF4 && TWO_SETS_TAKE <= LEFT_REGISTERS && !(ABLATE & ONE_SET) ? 2 : 1;
 constexpr int FETCHED = ABLATE & ONE_BY_ONE ? 1 : DEPTH < 4 ? 1 : DEPTH / 2;  // blocks that are loaded together
 
 // Add a finished slice to those before it, as a binary tree. `waiting` holds one value a level for this thread.
