@@ -22,10 +22,10 @@ constexpr int OWN_TILES = ROW_WARPS / CLUSTER;  // row tiles whose sums a thread
 constexpr int SUMS = TOKEN_TILES * 32;  // float4 of a warp's sums
 constexpr int RUN_FEEDERS = FEEDERS / SLICE_WARPS;  // warps that copy the tokens of one run of slices
 // A multiprocessor's registers, as many for each thread, are shared out anew: those that feed need few.
-constexpr int REGISTERS = 65536 / MIN_BLOCKS / THREADS / 8 * 8, FEEDER_REGISTERS = REGISTERS < 128 ? 56 : 64;
+constexpr int REGISTERS = 65536 / MIN_BLOCKS / THREADS / 8 * 8, FEEDER_REGISTERS = 56;
 constexpr int LEFT_REGISTERS = (REGISTERS * THREADS - FEEDER_REGISTERS * 32 * FEEDERS) / MULTIPLIERS / 8 * 8;
 // Sets of products, where registers allow two: one is added while the next is made.
-constexpr int TWO_SETS_TAKE = 12 * TOKEN_TILES + 6 * DEPTH + 56;
+constexpr int TWO_SETS_TAKE = 12 * TOKEN_TILES + 6 * DEPTH + 48;
 constexpr int SETS = IS_NF4 && TWO_SETS_TAKE <= LEFT_REGISTERS && !(ABLATE & ONE_SET) ? 2 : 1;
 constexpr int FETCHED = ABLATE & ONE_BY_ONE ? 1 : DEPTH < 4 ? 1 : DEPTH / 2;  // blocks that are loaded together
 
@@ -136,11 +136,16 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     const long long first_tile = (long long)min(block_tile + row_warp, row_tiles - 1) * blocks + first_slice;
     const uint4* next_codes = kept(weights + first_tile * (LOADS * 32) + lane);
     const float2* next_scales = kept(scales + first_tile * 8 + lane / 4);
-    Prefetched ahead[DEPTH] = {};
+    Prefetched ahead[DEPTH];
     int load_block = first_slice;
-    // Load the block of the run that comes next. A slice can only end where it `may`, which is known ahead.
+    // Load the block of the run that comes next. A slice can only end where it `may`, which is known ahead. A block past
+    // the end is loaded from where the run began, not left out: a slot that may keep its value would be loaded beside
+    // its place and moved there, and the move would wait for memory.
+    const uint4* first_codes = next_codes;
+    const float2* first_scales = next_scales;
     auto fetch = [&](Prefetched& slot, bool may_end) {
-        if (load_block < blocks) load_tile(slot, next_codes, next_scales, 0);
+        const bool exists = load_block < blocks;
+        load_tile(slot, exists ? next_codes : first_codes, exists ? next_scales : first_scales, 0);
         load_block += SLICES;
         next_codes = kept(next_codes + TILE_STEP * LOADS * 32);
         next_scales = kept(next_scales + TILE_STEP * 8);
