@@ -21,22 +21,33 @@ __device__ __forceinline__ void fetch_round(
     commit_copies();
 }
 
-// Rotate the rows' queries into shared memory; `turns` are those of this thread's first share.
-__device__ __forceinline__ void place_queries(
-    u16* query, const u16* qkv, const float2* angles, const int* depth, const Place& place, Turns turns) {
-    const int width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
-    for (int item = threadIdx.x; item < ROWS * PIECES / 2; item += FAR_THREADS) {
-        int row = item / (PIECES / 2), piece = item % (PIECES / 2);
-        RowOwner owner = row_owner(place, row);
-        if (owner.node < 0) continue;
-        const u16* from = qkv + (long long)owner.node * width + owner.head * HEAD_DIM + piece * 8;
-        uint4 low = *(const uint4*)from, high = *(const uint4*)(from + HEAD_DIM / 2);
-        if (item >= FAR_THREADS)
-            turns = load_turns(angles + (long long)(place.length + depth[owner.node]) * (HEAD_DIM / 2), piece * 8);
-        rotate8(low, high, turns);
-        *(uint4*)piece_at<HEAD_DIM>(query, row, piece) = low;
-        *(uint4*)piece_at<HEAD_DIM>(query, row, piece + PIECES / 2) = high;
-    }
+// A thread's share of the queries: a piece of a row of the lower half of a head, and the piece that turns with it.
+struct QueryPiece {
+    const u16* from;  // null where there is no such row
+    u16* to[2];
+    Turns turns;
+};
+
+__device__ __forceinline__ QueryPiece query_piece(
+    u8* memory, int item, const u16* qkv, const float2* angles, const int* depth, const Place& place) {
+    const int row = item / (PIECES / 2), piece = item % (PIECES / 2), width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
+    const RowOwner owner = row_owner(place, row);
+    QueryPiece share = {};
+    if (row >= ROWS || owner.node < 0) return share;
+    share.from = known_early(qkv + (long long)owner.node * width + owner.head * HEAD_DIM + piece * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        share.to[i] = piece_at<HEAD_DIM>((u16*)(memory + QUERY_AT), row, piece + i * PIECES / 2);
+    share.turns = load_turns(angles + (long long)(place.length + depth[owner.node]) * (HEAD_DIM / 2), piece * 8);
+    return share;
+}
+
+__device__ __forceinline__ void place_query(const QueryPiece& share) {
+    if (!share.from) return;
+    uint4 low = load_early16(share.from), high = load_early16(share.from + HEAD_DIM / 2);
+    rotate8(low, high, share.turns);
+    *(uint4*)share.to[0] = low;
+    *(uint4*)share.to[1] = high;
 }
 
 constexpr int TILE_STEP = FAR_WARPS / UNITS, MY_TILES = (ROW_TILES + TILE_STEP - 1) / TILE_STEP;

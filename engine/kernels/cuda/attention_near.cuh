@@ -36,7 +36,7 @@ __device__ __forceinline__ NearSources find_near(
     for (int half = 0; half < 2; ++half) {
         const int from = __shfl_sync(~0u, owner, 8 * half + g), position = max(first + 8 * half + g, 0);
         const u16* key = from >= 0 ? node_keys + (long long)from * width : keys + (long long)position * HEAD_DIM;
-        sources.keys[half] = key + 8 * q;
+        sources.keys[half] = known_early(key + 8 * q);
     }
 #pragma unroll
     for (int i = 0; i < NEAR * PIECES / 32; ++i) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void fetch_near(NearKeys& near, u16* near_values, con
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = *(const uint4*)(sources.keys[half] + 32 * c);
+        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = load_early16(sources.keys[half] + 32 * c);
 #pragma unroll
     for (int i = 0; i < NEAR * PIECES / 32; ++i) {
         const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;

@@ -102,18 +102,16 @@ __device__ __forceinline__ void far_warps(
         int node = row_owner(place, 8 * i + g).node;
         end[i / 2][i % 2] = node < 0 ? 0 : place.length + in.depth[node] - NEAR + 1;
     }
-    Turns turns = {};
-    const int node = row_owner(place, threadIdx.x / (PIECES / 2)).node;
-    if (node >= 0)
-        turns = load_turns(in.angles + (long long)(place.length + in.depth[node]) * (HEAD_DIM / 2),
-                           threadIdx.x % (PIECES / 2) * 8);
+    const QueryPiece share = query_piece(memory, threadIdx.x, in.qkv, in.angles, in.depth, place);
 #pragma unroll
     for (int round = 0; round < STAGES; ++round) {
         fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
         fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
     }
     wait_for_previous_kernel();
-    place_queries((u16*)(memory + QUERY_AT), in.qkv, in.angles, in.depth, place, turns);
+    place_query(share);
+    for (int item = threadIdx.x + FAR_THREADS; item < ROWS * PIECES / 2; item += FAR_THREADS)
+        place_query(query_piece(memory, item, in.qkv, in.angles, in.depth, place));
     barrier_arrive(QUERY_BARRIER, THREADS);
     if (rounds <= 0) {
         keys_done();
