@@ -1,7 +1,8 @@
 // Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
 // A cluster of thread blocks is a set of fibers that take turns; barriers and warp operations are where they give way.
-// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
-// so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
+// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums
+// inside a tensor-core step are made in float64 and rounded once, so values are close to a GPU's, not equal to them;
+// what may be compared for equality is one emulated run with another.
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>

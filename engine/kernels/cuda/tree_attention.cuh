@@ -103,10 +103,11 @@ __device__ __forceinline__ void far_warps(
         end[i / 2][i % 2] = node < 0 ? 0 : place.length + in.depth[node] - NEAR + 1;
     }
     const QueryPiece share = query_piece(memory, threadIdx.x, in.qkv, in.angles, in.depth, place);
+    const Fetch fetch = fetch_of(in.keys, in.values, place.slot);
 #pragma unroll
     for (int round = 0; round < STAGES; ++round) {
-        fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
-        fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
+        fetch_keys(memory, fetch, round, rounds, place.length);
+        fetch_values(memory, fetch, round, rounds, place.length);
     }
     wait_for_previous_kernel();
     place_query(share);
@@ -124,7 +125,7 @@ __device__ __forceinline__ void far_warps(
     state.row_peak = -INFINITY;
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) state.peak[i / 2][i % 2] = -INFINITY;
-    far_rounds(state, memory, in.keys, in.values, place, end, rounds, scale);
+    far_rounds(state, memory, fetch, place, end, rounds, scale);
     wait_until_keys_done();
     send_far(state, exchange, place);
 }
@@ -190,8 +191,8 @@ attend_tree(
     DYNAMIC_SHARED(memory);
     let_next_kernel_start();
     if (!scratch_keys) wait_for_previous_kernel();
-    const Place place = {(int)blockIdx.x,         (int)blockIdx.z,    (int)gridDim.z, (int)blockIdx.y * TASKS,
-                         nodes * NODE_TASKS, nodes, __ldcg(length_at)};
+    const Place place = {(int)blockIdx.x, (int)blockIdx.z, (int)gridDim.z, (int)blockIdx.y * TASKS, nodes * NODE_TASKS,
+                         __ldcg(length_at)};
     const long long head_at = (long long)place.kv_head * capacity * HEAD_DIM;
     const Inputs in = {qkv, keys + head_at, values + head_at, angles, depth, ancestor_at};
     const long long group = blockIdx.z * gridDim.y + blockIdx.y;
