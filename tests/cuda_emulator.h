@@ -1,7 +1,8 @@
 // Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
 // A cluster of thread blocks is a set of fibers that take turns; barriers and warp operations are where they give way.
-// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
-// so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
+// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums
+// inside a tensor-core step are made in float64 and rounded once, so values are close to a GPU's, not equal to them;
+// what may be compared for equality is one emulated run with another.
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -294,6 +295,8 @@ template <int PICK> u32 widen_int8(u32 codes) {
 template <typename T> T* kept(T* pointer) { return pointer; }
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
+inline uint4 load_early16(const void* p) { return *(const uint4*)p; }
+inline const u16* known_early(const u16* p) { return p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
 inline void copy16_or_zero(void* shared, const void* global, bool copies) {
     if (copies) memcpy(shared, global, 16);

@@ -112,6 +112,20 @@ __device__ __forceinline__ float2 load_once8(const void* address) {
     return v;
 }
 
+// Load now, not where the compiler finds the value needed: what hides a wait is worth registers.
+__device__ __forceinline__ uint4 load_early16(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
+    return v;
+}
+
+// An address that is worked out before what follows, for the same reason.
+__device__ __forceinline__ const u16* known_early(const u16* address) {
+    asm volatile("" : "+l"(address)::"memory");
+    return address;
+}
+
 __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
     u32 target = (u32)__cvta_generic_to_shared(shared);
