@@ -35,5 +35,10 @@ def run(extra={}, nodes=(1,32)):
             stack.load=partial(_load_unless,('tree_attention',)); row['no attention']=round(_time_step(stack),4)
             print(name,n,row,flush=True)
     return stack, report
+
+
 if __name__=='__main__':
-    run()
+    Q=w(1,4,2,8,1,2,2,1)
+    R=w(1,12,1,8,1,4,4,1)
+    run({'o,down 4/2': {**T32['base'], (4096,4096): Q, (4096,11008): Q}, 'o,down 12x4': {**T32['base'], (4096,4096): R, (4096,11008): R},
+     'gu x2': {**T32['base'], (22016,4096): w(1,12,1,8,1,2,4,1)}})

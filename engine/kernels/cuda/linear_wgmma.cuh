@@ -133,29 +133,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     take_registers<LEFT_REGISTERS>();
 
     // Blocks past the end of a slice multiply tokens of zero by any weights; row tiles past the end are not written.
-    const long long first_tile = (long long)min(block_tile + row_warp, row_tiles - 1) * blocks + first_slice;
-    const uint4* next_codes = kept(weights + first_tile * (LOADS * 32) + lane);
-    const float2* next_scales = kept(scales + first_tile * 8 + lane / 4);
+    const long long row_tile = (long long)min(block_tile + row_warp, row_tiles - 1) * blocks;
+    const uint4* row_codes = weights + row_tile * (LOADS * 32) + lane;
+    const float2* row_scales = scales + row_tile * 8 + lane / 4;
     Prefetched ahead[DEPTH];
     int load_block = first_slice;
-    // Load the block of the run that comes next. A slice can only end where it `may`, which is known ahead. A block past
-    // the end is loaded from where the run began, not left out: a slot that may keep its value would be loaded beside
-    // its place and moved there, and the move would wait for memory.
-    const uint4* first_codes = next_codes;
-    const float2* first_scales = next_scales;
+    // Load the block of the run that comes next. A slice can only end where it `may`, which is known ahead. Past the end
+    // the first block is loaded again, not none: a slot that may keep its value would be loaded beside its place and
+    // moved there, and the move would wait for memory.
     auto fetch = [&](Prefetched& slot, bool may_end) {
-        const bool exists = load_block < blocks;
-        load_tile(slot, exists ? next_codes : first_codes, exists ? next_scales : first_scales, 0);
+        const int block = TILE_STEP && load_block < blocks ? load_block : first_slice;
+        load_tile(slot, row_codes + block * (LOADS * 32), row_scales + block * 8, 0);
         load_block += SLICES;
-        next_codes = kept(next_codes + TILE_STEP * LOADS * 32);
-        next_scales = kept(next_scales + TILE_STEP * 8);
-        if (may_end && load_block >= per_slice * SLICES) {
-            load_block -= per_slice * SLICES - 1;
-            if (TILE_STEP) {
-                next_codes -= (per_slice * SLICES - 1) * LOADS * 32;
-                next_scales -= (per_slice * SLICES - 1) * 8;
-            }
-        }
+        if (may_end && load_block >= per_slice * SLICES) load_block -= per_slice * SLICES - 1;
     };
 #pragma unroll
     for (int d = 0; d < DEPTH; ++d) fetch(ahead[d], (d + 1) % ROUND == 0);
@@ -174,11 +164,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     float sums[TOKEN_TILES][4] = {}, products[SETS][TOKEN_TILES][4] = {};
     u32 codes[2][4][4] = {};
-    float2 scale = make_float2(0.0f, 0.0f);  // of the block under way
-    int buffer = 0, parity = 0, done = SETS == 2 ? 0 : -1, slice = 0;  // `done` blocks of slice number `slice` are in the sums
-    // Take the products of the block before, which the tensor cores have finished with. That a slice may end at any
-    // block is asked so that there is a branch: the compiler keeps what lies behind it behind the products of before.
-    auto take = [&](float (&products)[TOKEN_TILES][4]) {
+    int buffer = 0, parity = 0, done = 0, slice = 0;  // `done` blocks of slice number `slice` are in the sums
+    // Take the products of a block, which the tensor cores have finished with. That a slice may end at any block is
+    // asked so that there is a branch: the compiler keeps what lies behind it behind the products of before.
+    auto take = [&](float (&products)[TOKEN_TILES][4], float2 scale) {
 #if IS_NF4
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) add_scaled(sums[t], scale, products[t]);
@@ -194,22 +183,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) sums[t][0] = sums[t][1] = sums[t][2] = sums[t][3] = 0.0f;
     };
-    auto free_buffer = [&](bool is_first) {  // the one before the current
-        if (lane == 0 && !is_first) pass_gate(empty + (buffer ? buffer - 1 : BUFFERS - 1));
+    // Loads ahead are made several together: a warp can wait for few of them one by one. A slot is filled when nothing
+    // is left to do with its block, or the compiler would load beside it and wait for memory to move what comes.
+    auto refill = [&](int from) {
+#pragma unroll
+        for (int i = from; i < from + FETCHED; ++i) fetch(ahead[i % DEPTH], (i + DEPTH + 1) % ROUND == 0);
     };
     for (int round = 0; round < rounds; ++round) {
 #pragma unroll
         for (int d = 0; d < ROUND; ++d) {
-            const int set = SETS == 2 ? d & 1 : 0;
-            Prefetched& tile = ahead[d % DEPTH];
-            decode_half(tile, 0, tables, codes[d & 1]);
-            decode_half(tile, 1, tables, codes[d & 1]);
-            if (SETS == 1) {
-                products_wait<0>(products[0], codes[~d & 1]);
-                take(products[0]);
-                scale = tile.scale;
-                if (d % X_BLOCKS == 0) free_buffer(d == 0 && round == 0);
-            }
+            const int set = SETS == 2 ? d & 1 : 0, last_set = SETS == 2 ? set ^ 1 : 0;
+            decode_half(ahead[d % DEPTH], 0, tables, codes[d & 1]);
+            decode_half(ahead[d % DEPTH], 1, tables, codes[d & 1]);
+            auto take_last = [&]() {
+                products_wait<SETS - 1>(products[last_set], codes[~d & 1]);
+                take(products[last_set], ahead[(d + DEPTH - 1) % DEPTH].scale);
+                if (d % X_BLOCKS == 0 && lane == 0) pass_gate(empty + (buffer ? buffer - 1 : BUFFERS - 1));
+            };
+            if (SETS == 1 && d > 0) take_last();
             if (d % X_BLOCKS == 0) await_gate(full + buffer, parity);
             const Operand operand = operand_at(ring + buffer * BUFFER_BYTES + d % X_BLOCKS * OPERAND_BYTES);
             products_begin();
@@ -218,34 +209,19 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
                 multiply64(products[set], codes[d & 1][step][0], codes[d & 1][step][1], codes[d & 1][step][2],
                            codes[d & 1][step][3], operand, step, step > 0 || (!IS_NF4 && done > 0));
             products_commit();
-            if (SETS == 2 && d > 0) {  // the tensor cores go on with this block while the one before is added
-                products_wait<1>(products[set ^ (SETS - 1)], codes[~d & 1]);
-                take(products[set ^ (SETS - 1)]);
-                if (d % X_BLOCKS == 0) free_buffer(false);
-            }
-            if (SETS == 2) scale = tile.scale;
-            if (SETS == 2 && d == ROUND - 1) {
+            if (SETS == 2 && d > 0) take_last();  // the tensor cores go on with this block meanwhile
+            if (d > 0 && d % FETCHED == 0) refill(d - FETCHED);
+            if (d == ROUND - 1) {
                 products_wait<0>(products[set], codes[d & 1]);
-                take(products[set]);
+                take(products[set], ahead[d % DEPTH].scale);
                 if (lane == 0) pass_gate(empty + buffer);
+                refill(ROUND - FETCHED);
             }
             if (d % X_BLOCKS == X_BLOCKS - 1 && ++buffer == BUFFERS) {
                 buffer = 0;
                 parity ^= 1;
             }
-            // Loads ahead are made several together: a warp can wait for few of them one by one.
-            if (d % FETCHED == FETCHED - 1) {
-#pragma unroll
-                for (int i = 0; i < FETCHED; ++i) {
-                    const int from = d - FETCHED + 1 + i;
-                    fetch(ahead[from % DEPTH], (from + DEPTH + 1) % ROUND == 0);
-                }
-            }
         }
-    }
-    if (SETS == 1) {
-        products_wait<0>(products[0], codes[1]);
-        take(products[0]);
     }
 
     if (GROUPS == 1 || (ABLATE & NO_EXCHANGE)) {
