@@ -1,44 +1,39 @@
-"""python exp_step.py: 7B step at 1 and 32 rows with given cuts."""
-import sys, json, torch
+import sys, torch, time
 from functools import partial
 from pathlib import Path
 from engine.bench.gpu_report import Report
-from engine.bench import gpu_step
-from engine.bench.gpu_step import Stack, _time_step, _load_unless, _kernel_times
-from engine.bench.gpu_linears import alone, compile_configs
+from engine.bench.gpu_step import Stack, _time_step, _load_unless
+from engine.bench.gpu_linears import compile_configs
+from engine.bench.nf4_search import Matrix, cut, mma_candidates
 from engine.kernels import nvrtc
 from engine.kernels.linear_config import LinearConfig, Decode
+from engine.kernels.tune_nf4 import wgmma_candidates, candidates
 torch.manual_seed(0)
-def w(*c): 
-    rt, rw, sw, d, mb, cl, xb, wide = c
-    return lambda tiles: LinearConfig(0, tiles, rt, rw, sw, d, mb, wgmma=1, cluster=cl, x_blocks=xb, wide_table=wide)
-def res(rt, rw, sw, mb, loop): return LinearConfig(0, 1, rt, rw, sw, 0, mb, row_loop=loop, resident=1)
-ONE = {(12288,4096): res(1,1,8,2,3), (4096,4096): res(1,1,8,2,1), (22016,4096): res(1,2,8,1,6), (4096,11008): w(1,4,4,4,1,2,4,1)(1)}
-P = w(1,4,4,4,1,2,2,1)
-T32 = {
- 'base': {(12288,4096): w(1,12,1,8,1,2,4,1), (4096,4096): P, (22016,4096): w(1,12,1,8,1,1,4,1), (4096,11008): P},
-}
-def run(extra={}, nodes=(1,32)):
-    report = Report(Path(sys.argv[1] if len(sys.argv)>1 else '/tmp'), 100.0, 'exp')
-    stack = Stack('7B','nf4',report)
-    out={}
-    sets = {**T32, **extra}
-    for name, cuts in sets.items():
-        for n in nodes:
-            if n==1 and name!='base': continue
-            for (a,b),c in (ONE if n==1 else cuts).items():
-                report.best[Decode.NF4_TABLE,a,b,1 if n==1 else 32] = c if n==1 else c(4)
-            stack.set_tree(n); stack.load=nvrtc.load_kernel
-            row={'ms':round(_time_step(stack),4)}
-            stack.load=partial(_load_unless,('tree_attention','fused_ops')); row['linears only']=round(_time_step(stack),4)
-            stack.load=partial(_load_unless,('linear',)); row['no linears']=round(_time_step(stack),4)
-            stack.load=partial(_load_unless,('tree_attention',)); row['no attention']=round(_time_step(stack),4)
-            print(name,n,row,flush=True)
-    return stack, report
-
-
-if __name__=='__main__':
-    Q=w(1,4,2,8,1,2,2,1)
-    R=w(1,12,1,8,1,4,4,1)
-    run({'o,down 4/2': {**T32['base'], (4096,4096): Q, (4096,11008): Q}, 'o,down 12x4': {**T32['base'], (4096,4096): R, (4096,11008): R},
-     'gu x2': {**T32['base'], (22016,4096): w(1,12,1,8,1,2,4,1)}})
+SHAPES=[(12288,4096),(4096,4096),(22016,4096),(4096,11008),(11008,4096)]
+limit=nvrtc.shared_memory_limit()
+report = Report(Path(sys.argv[1]), 100.0, 'exp')
+t0=time.time()
+lists={m:[c for c in wgmma_candidates(0, 1 if m<=8 else m//8) if c.fits(4096,limit)] for m in (32,16,8,1)}
+res1=[c for c in candidates(0,1,22016,4096) if not c.wgmma]
+compile_configs([c for l in lists.values() for c in l])
+print('compiled',round(time.time()-t0,1),flush=True)
+for m in (32,16,8,1):
+    for n,k in SHAPES:
+        mat=Matrix(n,k)
+        base=mat.run(m, LinearConfig(0,1 if m<=8 else m//8,1,4,2 if m<=16 else 1,2,1))
+        tries=[c for c in lists[m] if c.fits(k,limit)]
+        bad=[cut(c) for c in tries if not torch.equal(mat.run(m,c),base)]
+        if bad: print('UNEQUAL',m,n,k,bad,flush=True)
+        if m==1: tries += [c for c in candidates(0,1,n,k) if not c.wgmma and c.decode==0]
+        timed=sorted(((mat.time(m,c),cut(c),c) for c in tries), key=lambda t:t[0])[:5]
+        again=sorted(((mat.time(m,c,repeats=9),s,c) for _,s,c in timed), key=lambda t:t[0])
+        report.best[Decode.NF4_TABLE,n,k,1 if m==1 else m]=again[0][2]
+        print(m,n,k,[(u,s) for u,s,_ in again],flush=True)
+        del mat; torch.cuda.empty_cache()
+stack = Stack('7B','nf4',report)
+for n in (1,8,16,32):
+    stack.set_tree(n); stack.load=nvrtc.load_kernel
+    row={'ms':round(_time_step(stack),4)}
+    for name,out in {'linears only':('tree_attention','fused_ops'),'no linears':('linear',),'no attention':('tree_attention',)}.items():
+        stack.load=partial(_load_unless,out); row[name]=round(_time_step(stack),4)
+    print(n,row,flush=True)

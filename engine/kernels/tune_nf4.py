@@ -61,28 +61,28 @@ RESIDENT_CUTS: dict[int, list[tuple[int, int, int, int]]] = {
     4: [(1, 1, 8, 2), (1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 2), (2, 2, 4, 1), (1, 4, 2, 1)],
     8: [(1, 1, 8, 1), (1, 2, 8, 1), (2, 1, 8, 1), (1, 2, 4, 1), (1, 4, 2, 1)],
 }
-# On Hopper's matrix instruction, by token tiles: (row_warps, slice_warps, depth, min_blocks, cluster, x_blocks,
+# On Hopper's matrix instruction, by token tiles: (row_warps, slice_warps, buffers, min_blocks, cluster, x_blocks,
 # wide_table)
 WGMMA_CUTS: dict[int, list[tuple[int, int, int, int, int, int, int]]] = {
     1: [
-        *((4, 1, 8, 3, 2, 8, 0), (4, 1, 8, 2, 2, 8, 0), (4, 1, 8, 2, 1, 8, 0), (4, 4, 4, 1, 2, 4, 1)),
-        *((4, 4, 8, 1, 2, 4, 1), (8, 1, 8, 2, 2, 4, 1), (8, 1, 8, 2, 1, 4, 1), (4, 2, 8, 1, 2, 8, 1)),
-        *((12, 1, 8, 1, 2, 8, 1), (12, 1, 8, 1, 1, 8, 1), (12, 1, 8, 1, 4, 8, 1), (4, 1, 4, 3, 2, 8, 0)),
+        *((4, 1, 4, 3, 2, 2, 0), (4, 1, 4, 2, 2, 4, 0), (4, 4, 4, 1, 2, 2, 1), (4, 2, 4, 1, 2, 4, 1)),
+        *((12, 1, 4, 1, 2, 4, 1), (12, 1, 4, 1, 1, 4, 1), (12, 1, 4, 1, 4, 4, 1), (8, 1, 4, 1, 2, 4, 1)),
+        *((12, 1, 6, 1, 1, 2, 1), (8, 2, 4, 1, 2, 2, 1)),
     ],
     2: [
-        *((4, 1, 8, 2, 2, 4, 0), (4, 1, 8, 2, 1, 4, 0), (4, 4, 4, 1, 2, 2, 1), (4, 1, 4, 3, 2, 4, 0)),
-        *((4, 2, 8, 1, 2, 4, 1), (12, 1, 8, 1, 4, 4, 1), (12, 1, 8, 1, 1, 4, 1), (12, 1, 8, 1, 2, 4, 1)),
-        *((12, 1, 8, 1, 2, 8, 1), (8, 1, 8, 1, 2, 8, 1)),
+        *((4, 1, 4, 2, 2, 2, 0), (4, 4, 4, 1, 2, 2, 1), (4, 2, 4, 1, 2, 4, 1), (8, 1, 4, 1, 2, 4, 1)),
+        *((12, 1, 4, 1, 1, 2, 1), (12, 1, 4, 1, 2, 2, 1), (12, 1, 4, 1, 4, 2, 1), (12, 1, 3, 1, 2, 4, 1)),
+        *((16, 1, 4, 1, 2, 2, 1),),
     ],
     4: [
-        *((12, 1, 8, 1, 2, 4, 1), (12, 1, 8, 1, 1, 4, 1), (12, 1, 8, 1, 2, 2, 1), (4, 4, 4, 1, 2, 2, 1)),
-        *((12, 1, 8, 1, 4, 4, 1), (12, 1, 4, 1, 1, 4, 1), (8, 2, 4, 1, 2, 4, 1)),
-        *((8, 1, 8, 1, 4, 4, 1), (8, 2, 4, 1, 2, 2, 1), (8, 2, 4, 1, 4, 2, 1)),
-        *((4, 2, 8, 1, 2, 2, 1), (8, 1, 8, 1, 2, 8, 1)),
+        *((12, 1, 4, 1, 1, 2, 1), (12, 1, 4, 1, 2, 2, 1), (12, 1, 4, 1, 4, 2, 1), (12, 1, 3, 1, 2, 4, 0)),
+        *((4, 4, 3, 1, 2, 2, 0), (4, 2, 4, 1, 2, 2, 1), (4, 2, 3, 1, 2, 4, 0), (8, 2, 3, 1, 4, 2, 1)),
+        *((8, 1, 4, 1, 4, 4, 1), (16, 1, 3, 1, 4, 2, 1), (12, 1, 3, 1, 1, 2, 1), (8, 1, 4, 1, 2, 4, 0)),
+        *((12, 1, 5, 1, 1, 2, 0), (8, 2, 3, 1, 2, 2, 0)),
     ],
     8: [
-        *((4, 2, 8, 1, 2, 2, 1), (12, 1, 8, 1, 2, 2, 0), (12, 1, 4, 1, 1, 2, 0), (8, 1, 8, 1, 1, 2, 1)),
-        *((4, 2, 4, 1, 2, 2, 0), (12, 1, 8, 1, 4, 2, 1), (8, 1, 8, 1, 2, 2, 1), (8, 1, 8, 1, 4, 2, 1)),
+        *((4, 2, 3, 1, 2, 2, 1), (8, 1, 3, 1, 1, 2, 1), (8, 1, 3, 1, 2, 2, 1), (4, 2, 3, 1, 2, 2, 0)),
+        *((8, 1, 4, 1, 2, 2, 0), (8, 1, 3, 1, 4, 2, 1), (12, 1, 3, 1, 4, 2, 0)),
     ],
 }
 WGMMA_LEAST_K = 1024
@@ -105,11 +105,10 @@ def candidates(decode: int, tokens: int, n: int, k: int) -> list[LinearConfig]:
 
 
 def wgmma_candidates(decode: int, tiles: int) -> list[LinearConfig]:
-    """List the configurations on Hopper's matrix instruction; wider codes leave registers for fewer blocks ahead."""
-    deepest = {Decode.INT8: 4, Decode.DENSE: 2}.get(decode, 8)
+    """List the configurations on Hopper's matrix instruction."""
     found = []
     for row_warps, slice_warps, depth, min_blocks, cluster, x_blocks, wide in WGMMA_CUTS[tiles]:
-        shape = (1, row_warps, slice_warps, min(depth, deepest), min_blocks)
+        shape = (1, row_warps, slice_warps, depth, min_blocks)
         wide = wide if decode == Decode.NF4_TABLE else 0
         found.append(LinearConfig(decode, tiles, *shape, wgmma=1, cluster=cluster, x_blocks=x_blocks, wide_table=wide))
     return list(dict.fromkeys(found))
