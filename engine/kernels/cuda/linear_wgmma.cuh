@@ -17,7 +17,6 @@ constexpr int OPERAND_BYTES = TOKEN_TILES * 1024;  // 64 k of all tokens
 constexpr int TOKENS_BYTES = X_BLOCKS * OPERAND_BYTES, STAGE_TILES = X_BLOCKS * ROW_WARPS;  // of one buffer
 constexpr int SCALE_BYTES = IS_NF4 ? 64 : 0;
 constexpr int BUFFERS = DEPTH, WIDE_BYTES = DECODE == 0 && WIDE_TABLE ? 65536 : 0;
-constexpr int LAG = BUFFERS - 2;  // buffers on their way when the next is asked for
 constexpr int GROUPS = SLICE_WARPS * CLUSTER, OWN_SLICES = SLICES / GROUPS;
 constexpr int LEVELS = OWN_SLICES == 8 ? 3 : OWN_SLICES == 4 ? 2 : OWN_SLICES == 2 ? 1 : 0;
 constexpr int OWN_TILES = ROW_WARPS / CLUSTER;  // row tiles whose sums a thread block of the cluster finishes
@@ -78,81 +77,85 @@ struct Run {
 // What the warps that feed one run of slices copy, and where to.
 struct Feed {
     u8 *tokens_at, *codes_at, *scales_at;
+    u64 *full, *empty;
     const u16* x;
     const uint4* weights;
     const float2* scales;
-    int first_tile, row_tiles, blocks, tokens, feeder;  // feeder: this thread, of 32 * RUN_FEEDERS
-
-    __device__ __forceinline__ int row_tile(int row_warp) const { return min(first_tile + row_warp, row_tiles - 1); }
-    // The number along k of a block of the buffer; past the end there are zeros.
-    __device__ __forceinline__ int block_of(const Run& run, int of) const {
-        return TILE_STEP ? (run.block + of) * SLICES + run.slice : 0;
-    }
-
-    // Weights; row tiles past the end are the last one again.
-    __device__ __forceinline__ void copy_weights(const Run& run) const {
-        const int lane = feeder & 31, warp = feeder >> 5;
-#pragma unroll
-        for (int i = 0; i < ROW_WARPS / RUN_FEEDERS; ++i) {
-            const int row_warp = warp + i * RUN_FEEDERS;
-            const uint4* row = weights + (long long)row_tile(row_warp) * blocks * (LOADS * 32) + lane;
-            u8* to = codes_at + (run.buffer * STAGE_TILES + row_warp) * TILE_BYTES + lane * 16;
-#pragma unroll
-            for (int of = 0; of < X_BLOCKS; ++of) {
-                const int block = block_of(run, of);
-                const bool exists = block < blocks;
-#pragma unroll
-                for (int load = 0; load < LOADS; ++load)
-                    copy16_or_zero(to + of * (ROW_WARPS * TILE_BYTES) + load * 512,
-                                   row + (exists ? block * (LOADS * 32) + load * 32 : 0), exists);
-            }
-        }
-        for (int i = feeder; IS_NF4 && i < STAGE_TILES * 4; i += 32 * RUN_FEEDERS) {
-            const int tile = i / 4, block = block_of(run, tile / ROW_WARPS);
-            const bool exists = block < blocks;
-            const float2* from = scales + ((long long)row_tile(tile % ROW_WARPS) * blocks + (exists ? block : 0)) * 8;
-            copy16_or_zero(scales_at + run.buffer * STAGE_TILES * SCALE_BYTES + i * 16, from + (i & 3) * 2, exists);
-        }
-    }
-
-    __device__ __forceinline__ void copy_tokens(const Run& run) const {
-        constexpr int PIECES = TOKEN_TILES * 64, STEP = 32 * RUN_FEEDERS, ALL = X_BLOCKS * PIECES;
-        u8* to = tokens_at + run.buffer * TOKENS_BYTES;
-#pragma unroll 4
-        for (int turn = 0; turn < (ALL + STEP - 1) / STEP; ++turn) {
-            const int i = turn * STEP + feeder, piece = i & 7, token = i / 8 % (TOKEN_TILES * 8), of = i / PIECES;
-            const int block = (run.block + of) * SLICES + run.slice;
-            const bool exists = token < tokens && block < blocks && !(ABLATE & NO_TOKENS);
-            const u16* from = x + (long long)token * blocks * 64 + block * 64 + piece * 8;
-            if (ALL % STEP == 0 || i < ALL)
-                copy16_or_zero(to + of * OPERAND_BYTES + operand_offset(token, piece), exists ? from : x, exists);
-        }
-    }
+    int first_tile, row_tiles, blocks, tokens, feeder, warp;  // this thread, of 32 * RUN_FEEDERS, and its warp
 };
 
-// Feed a run of slices after `first` buffers' weights have been asked for, in groups of their own.
-__device__ __forceinline__ void feed_run(
-    const Feed& feed, Run weights, Run tokens, u64* full, u64* empty, int stages, int per_slice) {
-    auto publish = [&](int stage) {
+// Ask for a buffer's weights by bulk copies, the warps of a run by turns. Row tiles past the end are the last one again,
+// blocks past the end the first one: they are multiplied by tokens of zero.
+__device__ __forceinline__ void copy_weights(const Feed& feed, const Run& run) {
+    if (feed.feeder & 31) return;
+    const int warp = feed.warp;
+    u64* gate = feed.full + run.buffer;
+    pass_gate_expecting(gate, STAGE_TILES / RUN_FEEDERS * (TILE_BYTES + SCALE_BYTES));
+#pragma unroll
+    for (int i = 0; i < ROW_WARPS / RUN_FEEDERS; ++i) {
+        const int row_warp = warp + i * RUN_FEEDERS, row_tile = min(feed.first_tile + row_warp, feed.row_tiles - 1);
+        const long long first = (long long)row_tile * feed.blocks;
+        const int slot = run.buffer * STAGE_TILES + row_warp;
+#pragma unroll
+        for (int of = 0; of < X_BLOCKS; ++of) {
+            const int number = (run.block + of) * SLICES + run.slice;
+            const long long tile = first + (TILE_STEP && number < feed.blocks ? number : 0);
+            copy_bulk(feed.codes_at + (slot + of * ROW_WARPS) * TILE_BYTES, (const u8*)feed.weights + tile * TILE_BYTES,
+                      TILE_BYTES, gate);
+            if (IS_NF4)
+                copy_bulk(feed.scales_at + (slot + of * ROW_WARPS) * SCALE_BYTES, feed.scales + tile * 8, SCALE_BYTES,
+                          gate);
+        }
+    }
+}
+
+// A thread copies the same piece of the same few tokens of every block, or of every few blocks.
+constexpr int PIECES = TOKEN_TILES * 64, RUN_THREADS = 32 * RUN_FEEDERS;
+constexpr int MY_TOKENS = PIECES > RUN_THREADS ? PIECES / RUN_THREADS : 1;
+constexpr int BLOCK_STEP = RUN_THREADS > PIECES ? RUN_THREADS / PIECES : 1;
+
+// Feed a run of slices, the first `asked` buffers of whose weights have been asked for.
+__device__ __forceinline__ void feed_run(const Feed& feed, Run weights, Run tokens, int asked, int stages, int per_slice) {
+    const int piece = feed.feeder & 7, first_token = feed.feeder / 8 % (TOKEN_TILES * 8), first_of = feed.feeder / PIECES;
+    constexpr int TOKEN_STEP = RUN_THREADS / 8;
+    const long long token_values = feed.blocks * 64;
+    const u16* mine = feed.x + first_token * token_values + piece * 8;
+    const int tokens_here = ABLATE & NO_TOKENS ? 0 : feed.tokens - first_token;
+    auto publish = [&](int buffer) {
         publish_to_tensor_cores();
         __syncwarp();
-        if ((feed.feeder & 31) == 0) pass_gate(full + stage % BUFFERS);
+        if ((feed.feeder & 31) == 0) pass_gate(feed.full + buffer);
     };
-    for (int stage = 0; stage < stages; ++stage) {
-        if (stage >= BUFFERS) {
-            await_gate(empty + weights.buffer, (stage / BUFFERS - 1) & 1);
-            feed.copy_weights(weights);
+    for (int stage = 0, parity = 0; stage < stages; ++stage) {
+        if (stage >= asked) {
+            await_gate(feed.empty + weights.buffer, parity);
+            copy_weights(feed, weights);
             weights.advance(per_slice);
+            if (weights.buffer == 0) parity ^= 1;
         }
-        feed.copy_tokens(tokens);
-        tokens.advance(per_slice);
+#pragma unroll
+        for (int of = 0; of < X_BLOCKS; of += BLOCK_STEP) {
+            const int my_of = of + (BLOCK_STEP > 1 ? first_of : 0), block = (tokens.block + my_of) * SLICES + tokens.slice;
+            if (BLOCK_STEP > X_BLOCKS && my_of >= X_BLOCKS) break;
+            u8* buffer = feed.tokens_at + tokens.buffer * TOKENS_BYTES + my_of * OPERAND_BYTES;
+            const u16* from = mine + block * 64;
+            const int copied = block < feed.blocks ? tokens_here : 0;
+#pragma unroll
+            for (int i = 0; i < MY_TOKENS; ++i) {
+                const bool exists = i * TOKEN_STEP < copied;
+                copy16_or_zero(buffer + operand_offset(first_token + i * TOKEN_STEP, piece), exists ? from : feed.x, exists);
+                from += TOKEN_STEP * token_values;
+            }
+        }
         commit_copies();
-        if (stage < LAG) continue;
-        wait_copies<LAG>();
-        publish(stage - LAG);
+        const int before = tokens.buffer ? tokens.buffer - 1 : BUFFERS - 1;
+        tokens.advance(per_slice);
+        if (stage == 0) continue;
+        wait_copies<1>();
+        publish(before);
     }
     wait_copies<0>();
-    for (int stage = max(stages - LAG, 0); stage < stages; ++stage) publish(stage);
+    publish(tokens.buffer ? tokens.buffer - 1 : BUFFERS - 1);
 }
 
 // Grid: (CLUSTER, row blocks) in clusters of (CLUSTER, 1); arguments as in linear.cuh, but for workspace and counters.
@@ -182,23 +185,26 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
 
     if (feeds) {
         give_registers<FEEDER_REGISTERS>();
-        const int feeder = (int)threadIdx.x % (32 * RUN_FEEDERS), stages = OWN_SLICES * per_slice / X_BLOCKS;
+        const int feeder = (int)threadIdx.x % RUN_THREADS, stages = OWN_SLICES * per_slice / X_BLOCKS;
         if (feeder < BUFFERS) {
-            make_gate(full + lane, RUN_FEEDERS);
-            make_gate(empty + lane, ROW_WARPS);
+            make_gate(full + feeder, 2 * RUN_FEEDERS);
+            make_gate(empty + feeder, ROW_WARPS);
+            publish_gates();
         }
-        const Feed feed = {ring, codes_at, scales_at, x, weights, scales, block_tile, row_tiles, blocks, tokens, feeder};
+        barrier(1 + slice_warp, RUN_THREADS);
+        const Feed feed = {ring, codes_at, scales_at, full, empty, x, weights, scales,
+                           block_tile, row_tiles, blocks, tokens, feeder, warp % RUN_FEEDERS};
         Run ahead = {first_slice, 0, 0}, start = ahead;
-        for (int stage = 0; stage < min(BUFFERS, stages); ++stage) {  // weights are never written
-            feed.copy_weights(ahead);
+        const int asked = min(BUFFERS, stages);
+        for (int stage = 0; stage < asked; ++stage) {  // weights are never written
+            copy_weights(feed, ahead);
             ahead.advance(per_slice);
-            commit_copies();
         }
         load_tables(table, all_shared);
         let_next_kernel_start();
         __syncthreads();
         wait_for_previous_kernel();  // all else may be the previous kernel's
-        feed_run(feed, ahead, start, full, empty, stages, per_slice);
+        feed_run(feed, ahead, start, asked, stages, per_slice);
         return;
     }
     take_registers<LEFT_REGISTERS>();
@@ -295,7 +301,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (CLUSTER > 1) {
         cluster_barrier();
     } else {
-        barrier(1, MULTIPLIERS);
+        barrier(1 + SLICE_WARPS, MULTIPLIERS);
     }
     for (int item = warp; item < OWN_TILES * TOKEN_TILES; item += ROW_WARPS * SLICE_WARPS) {
         float4 part[GROUPS];
