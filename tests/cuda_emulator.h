@@ -212,28 +212,14 @@ inline void await_mailbox(void* mailbox) {
     }
 }
 struct Gate {  // what a gate's eight bytes hold
-    u8 arrivals, missing;
-    u16 openings;
-    int bytes;
+    u16 arrivals, missing;
+    u32 openings;
 };
-inline void open_if_passed(Gate* gate) {
-    if (gate->missing == 0 && gate->bytes == 0) { gate->missing = gate->arrivals; ++gate->openings; }
-}
-inline void make_gate(u64* gate, int arrivals) { *(Gate*)gate = {(u8)arrivals, (u8)arrivals, 0, 0}; }
+inline void make_gate(u64* gate, int arrivals) { *(Gate*)gate = {(u16)arrivals, (u16)arrivals, 0}; }
 inline void pass_gate(u64* at) {
-    --((Gate*)at)->missing;
-    open_if_passed((Gate*)at);
+    Gate* gate = (Gate*)at;
+    if (--gate->missing == 0) { gate->missing = gate->arrivals; ++gate->openings; }
 }
-inline void pass_gate_expecting(u64* at, int bytes) {
-    ((Gate*)at)->bytes += bytes;
-    pass_gate(at);
-}
-inline void copy_bulk(void* shared, const void* global, int bytes, u64* at) {
-    memcpy(shared, global, bytes);
-    ((Gate*)at)->bytes -= bytes;
-    open_if_passed((Gate*)at);
-}
-inline void publish_gates() {}
 inline void await_gate(u64* at, int parity) {
     const volatile Gate* gate = (const volatile Gate*)at;
     for (int turns = 0; (int)(gate->openings % 2) == parity; ++turns) {

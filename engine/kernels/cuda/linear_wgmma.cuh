@@ -17,6 +17,7 @@ constexpr int OPERAND_BYTES = TOKEN_TILES * 1024;  // 64 k of all tokens
 constexpr int TOKENS_BYTES = X_BLOCKS * OPERAND_BYTES, STAGE_TILES = X_BLOCKS * ROW_WARPS;  // of one buffer
 constexpr int SCALE_BYTES = IS_NF4 ? 64 : 0;
 constexpr int BUFFERS = DEPTH, WIDE_BYTES = DECODE == 0 && WIDE_TABLE ? 65536 : 0;
+constexpr int LAG = BUFFERS - 2;  // buffers on their way when the next is asked for
 constexpr int GROUPS = SLICE_WARPS * CLUSTER, OWN_SLICES = SLICES / GROUPS;
 constexpr int LEVELS = OWN_SLICES == 8 ? 3 : OWN_SLICES == 4 ? 2 : OWN_SLICES == 2 ? 1 : 0;
 constexpr int OWN_TILES = ROW_WARPS / CLUSTER;  // row tiles whose sums a thread block of the cluster finishes
@@ -81,81 +82,111 @@ struct Feed {
     const u16* x;
     const uint4* weights;
     const float2* scales;
-    int first_tile, row_tiles, blocks, tokens, feeder, warp;  // this thread, of 32 * RUN_FEEDERS, and its warp
+    int first_tile, row_tiles, blocks, tokens, feeder;  // feeder: this thread, of RUN_THREADS
+
+    __device__ __forceinline__ int row_tile(int row_warp) const { return min(first_tile + row_warp, row_tiles - 1); }
 };
 
-// Ask for a buffer's weights by bulk copies, the warps of a run by turns. Row tiles past the end are the last one again,
-// blocks past the end the first one: they are multiplied by tokens of zero.
-__device__ __forceinline__ void copy_weights(const Feed& feed, const Run& run) {
-    if (feed.feeder & 31) return;
-    const int warp = feed.warp;
-    u64* gate = feed.full + run.buffer;
-    pass_gate_expecting(gate, STAGE_TILES / RUN_FEEDERS * (TILE_BYTES + SCALE_BYTES));
+constexpr int RUN_THREADS = 32 * RUN_FEEDERS, MY_ROWS = ROW_WARPS / RUN_FEEDERS;
+
+// Copies of weights to a buffer, each warp those of every RUN_FEEDERS-th row warp. Row tiles past the end are the last
+// one again; blocks past the end are zeros.
+struct WeightCopies {
+    int rows[MY_ROWS];  // where this lane's share of a row tile starts, in pieces of 16 bytes
+    const Feed& feed;
+
+    __device__ __forceinline__ WeightCopies(const Feed& from) : feed(from) {
 #pragma unroll
-    for (int i = 0; i < ROW_WARPS / RUN_FEEDERS; ++i) {
-        const int row_warp = warp + i * RUN_FEEDERS, row_tile = min(feed.first_tile + row_warp, feed.row_tiles - 1);
-        const long long first = (long long)row_tile * feed.blocks;
-        const int slot = run.buffer * STAGE_TILES + row_warp;
+        for (int i = 0; i < MY_ROWS; ++i)
+            rows[i] = feed.row_tile((feed.feeder >> 5) + i * RUN_FEEDERS) * feed.blocks * (LOADS * 32) + (feed.feeder & 31);
+    }
+    __device__ __forceinline__ void ask(const Run& run) const {
+        u8* to = feed.codes_at + (run.buffer * STAGE_TILES + (feed.feeder >> 5)) * TILE_BYTES + (feed.feeder & 31) * 16;
 #pragma unroll
         for (int of = 0; of < X_BLOCKS; ++of) {
-            const int number = (run.block + of) * SLICES + run.slice;
-            const long long tile = first + (TILE_STEP && number < feed.blocks ? number : 0);
-            copy_bulk(feed.codes_at + (slot + of * ROW_WARPS) * TILE_BYTES, (const u8*)feed.weights + tile * TILE_BYTES,
-                      TILE_BYTES, gate);
-            if (IS_NF4)
-                copy_bulk(feed.scales_at + (slot + of * ROW_WARPS) * SCALE_BYTES, feed.scales + tile * 8, SCALE_BYTES,
-                          gate);
+            const int block = TILE_STEP ? (run.block + of) * SLICES + run.slice : 0;
+            const bool exists = block < feed.blocks;
+            const uint4* from = feed.weights + (exists ? block * (LOADS * 32) : 0);
+#pragma unroll
+            for (int i = 0; i < MY_ROWS; ++i)
+#pragma unroll
+                for (int load = 0; load < LOADS; ++load)
+                    copy16_or_zero(to + (of * ROW_WARPS + i * RUN_FEEDERS) * TILE_BYTES + load * 512,
+                                   from + rows[i] + load * 32, exists);
+        }
+#pragma unroll
+        for (int i = 0; IS_NF4 && i < (STAGE_TILES * 4 + RUN_THREADS - 1) / RUN_THREADS; ++i) {
+            const int item = i * RUN_THREADS + feed.feeder, tile = item / 4;
+            const int block = (run.block + tile / ROW_WARPS) * SLICES + run.slice;
+            const bool exists = block < feed.blocks;
+            const int from = feed.row_tile(tile % ROW_WARPS) * feed.blocks + (exists ? block : 0);
+            if ((STAGE_TILES * 4) % RUN_THREADS == 0 || item < STAGE_TILES * 4)
+                copy16_or_zero(feed.scales_at + run.buffer * STAGE_TILES * SCALE_BYTES + item * 16,
+                               feed.scales + from * 8 + (item & 3) * 2, exists);
         }
     }
-}
+};
 
 // A thread copies the same piece of the same few tokens of every block, or of every few blocks.
-constexpr int PIECES = TOKEN_TILES * 64, RUN_THREADS = 32 * RUN_FEEDERS;
+constexpr int PIECES = TOKEN_TILES * 64, TOKEN_STEP = RUN_THREADS / 8;
 constexpr int MY_TOKENS = PIECES > RUN_THREADS ? PIECES / RUN_THREADS : 1;
 constexpr int BLOCK_STEP = RUN_THREADS > PIECES ? RUN_THREADS / PIECES : 1;
 
-// Feed a run of slices, the first `asked` buffers of whose weights have been asked for.
-__device__ __forceinline__ void feed_run(const Feed& feed, Run weights, Run tokens, int asked, int stages, int per_slice) {
-    const int piece = feed.feeder & 7, first_token = feed.feeder / 8 % (TOKEN_TILES * 8), first_of = feed.feeder / PIECES;
-    constexpr int TOKEN_STEP = RUN_THREADS / 8;
-    const long long token_values = feed.blocks * 64;
-    const u16* mine = feed.x + first_token * token_values + piece * 8;
-    const int tokens_here = ABLATE & NO_TOKENS ? 0 : feed.tokens - first_token;
+struct TokenCopies {
+    int piece, token, of, copied;
+    long long values;  // of a token
+    const u16* mine;
+    const Feed& feed;
+
+    __device__ __forceinline__ TokenCopies(const Feed& from)
+        : piece(from.feeder & 7), token(from.feeder / 8 % (TOKEN_TILES * 8)), of(from.feeder / PIECES),
+          copied(ABLATE & NO_TOKENS ? 0 : from.tokens - token), values(from.blocks * 64),
+          mine(from.x + token * values + piece * 8), feed(from) {}
+    __device__ __forceinline__ void ask(const Run& run) const {
+#pragma unroll
+        for (int first = 0; first < X_BLOCKS; first += BLOCK_STEP) {
+            const int my_of = first + (BLOCK_STEP > 1 ? of : 0), block = (run.block + my_of) * SLICES + run.slice;
+            if (BLOCK_STEP > X_BLOCKS && my_of >= X_BLOCKS) break;
+            u8* to = feed.tokens_at + run.buffer * TOKENS_BYTES + my_of * OPERAND_BYTES;
+            const u16* from = mine + block * 64;
+            const int here = block < feed.blocks ? copied : 0;
+#pragma unroll
+            for (int i = 0; i < MY_TOKENS; ++i) {
+                const bool exists = i * TOKEN_STEP < here;
+                copy16_or_zero(to + operand_offset(token + i * TOKEN_STEP, piece), exists ? from : feed.x, exists);
+                from += TOKEN_STEP * values;
+            }
+        }
+    }
+};
+
+// Feed a run of slices after `asked` buffers' weights have been asked for, in groups of their own.
+__device__ __forceinline__ void feed_run(
+    const Feed& feed, const WeightCopies& weights, Run weights_run, Run run, int asked, int stages, int per_slice) {
+    const TokenCopies tokens(feed);
     auto publish = [&](int buffer) {
         publish_to_tensor_cores();
         __syncwarp();
         if ((feed.feeder & 31) == 0) pass_gate(feed.full + buffer);
     };
-    for (int stage = 0, parity = 0; stage < stages; ++stage) {
+    int parity = 0, arrived = 0;  // the buffer that is published next
+    for (int stage = 0; stage < stages; ++stage) {
         if (stage >= asked) {
-            await_gate(feed.empty + weights.buffer, parity);
-            copy_weights(feed, weights);
-            weights.advance(per_slice);
-            if (weights.buffer == 0) parity ^= 1;
+            await_gate(feed.empty + weights_run.buffer, parity);
+            weights.ask(weights_run);
+            weights_run.advance(per_slice);
+            if (weights_run.buffer == 0) parity ^= 1;
         }
-#pragma unroll
-        for (int of = 0; of < X_BLOCKS; of += BLOCK_STEP) {
-            const int my_of = of + (BLOCK_STEP > 1 ? first_of : 0), block = (tokens.block + my_of) * SLICES + tokens.slice;
-            if (BLOCK_STEP > X_BLOCKS && my_of >= X_BLOCKS) break;
-            u8* buffer = feed.tokens_at + tokens.buffer * TOKENS_BYTES + my_of * OPERAND_BYTES;
-            const u16* from = mine + block * 64;
-            const int copied = block < feed.blocks ? tokens_here : 0;
-#pragma unroll
-            for (int i = 0; i < MY_TOKENS; ++i) {
-                const bool exists = i * TOKEN_STEP < copied;
-                copy16_or_zero(buffer + operand_offset(first_token + i * TOKEN_STEP, piece), exists ? from : feed.x, exists);
-                from += TOKEN_STEP * token_values;
-            }
-        }
+        tokens.ask(run);
+        run.advance(per_slice);
         commit_copies();
-        const int before = tokens.buffer ? tokens.buffer - 1 : BUFFERS - 1;
-        tokens.advance(per_slice);
-        if (stage == 0) continue;
-        wait_copies<1>();
-        publish(before);
+        if (stage < LAG) continue;
+        wait_copies<LAG>();
+        publish(arrived);
+        arrived = arrived + 1 == BUFFERS ? 0 : arrived + 1;
     }
     wait_copies<0>();
-    publish(tokens.buffer ? tokens.buffer - 1 : BUFFERS - 1);
+    for (; arrived != run.buffer; arrived = arrived + 1 == BUFFERS ? 0 : arrived + 1) publish(arrived);
 }
 
 // Grid: (CLUSTER, row blocks) in clusters of (CLUSTER, 1); arguments as in linear.cuh, but for workspace and counters.
@@ -187,24 +218,24 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
         give_registers<FEEDER_REGISTERS>();
         const int feeder = (int)threadIdx.x % RUN_THREADS, stages = OWN_SLICES * per_slice / X_BLOCKS;
         if (feeder < BUFFERS) {
-            make_gate(full + feeder, 2 * RUN_FEEDERS);
+            make_gate(full + feeder, RUN_FEEDERS);
             make_gate(empty + feeder, ROW_WARPS);
-            publish_gates();
         }
-        barrier(1 + slice_warp, RUN_THREADS);
         const Feed feed = {ring, codes_at, scales_at, full, empty, x, weights, scales,
-                           block_tile, row_tiles, blocks, tokens, feeder, warp % RUN_FEEDERS};
+                           block_tile, row_tiles, blocks, tokens, feeder};
+        const WeightCopies copies(feed);
         Run ahead = {first_slice, 0, 0}, start = ahead;
         const int asked = min(BUFFERS, stages);
         for (int stage = 0; stage < asked; ++stage) {  // weights are never written
-            copy_weights(feed, ahead);
+            copies.ask(ahead);
             ahead.advance(per_slice);
+            commit_copies();
         }
         load_tables(table, all_shared);
         let_next_kernel_start();
         __syncthreads();
         wait_for_previous_kernel();  // all else may be the previous kernel's
-        feed_run(feed, ahead, start, asked, stages, per_slice);
+        feed_run(feed, copies, ahead, start, asked, stages, per_slice);
         return;
     }
     take_registers<LEFT_REGISTERS>();
@@ -301,7 +332,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     if (CLUSTER > 1) {
         cluster_barrier();
     } else {
-        barrier(1 + SLICE_WARPS, MULTIPLIERS);
+        barrier(1, MULTIPLIERS);
     }
     for (int item = warp; item < OWN_TILES * TOKEN_TILES; item += ROW_WARPS * SLICE_WARPS) {
         float4 part[GROUPS];

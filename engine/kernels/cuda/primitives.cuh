@@ -250,20 +250,6 @@ __device__ __forceinline__ void make_gate(u64* gate, int arrivals) {
 __device__ __forceinline__ void pass_gate(u64* gate) {
     asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((u32)__cvta_generic_to_shared(gate)) : "memory");
 }
-// The same, and the gate waits for `bytes` more from copy_bulk; then the copies may be asked for.
-__device__ __forceinline__ void pass_gate_expecting(u64* gate, int bytes) {
-    asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;"
-                 ::"r"((u32)__cvta_generic_to_shared(gate)), "r"(bytes) : "memory");
-}
-// Copy `bytes` (a multiple of 16) that are never written by a kernel of this stream; the gate counts them as they come.
-__device__ __forceinline__ void copy_bulk(void* shared, const void* global, int bytes, u64* gate) {
-    asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];"
-                 ::"r"((u32)__cvta_generic_to_shared(shared)), "l"(global), "r"(bytes),
-                 "r"((u32)__cvta_generic_to_shared(gate)) : "memory");
-}
-__device__ __forceinline__ void publish_gates() {  // those made by this thread, to copy_bulk
-    asm volatile("fence.mbarrier_init.release.cluster;" ::: "memory");
-}
 __device__ __forceinline__ void await_gate(u64* gate, int parity) {
     asm volatile(
         "{\n.reg .pred open;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 open, [%0], %1;\n@!open bra again;\n}"
