@@ -1,7 +1,8 @@
 // Runs this project's CUDA kernels on a CPU, for tests: the names of engine/kernels/cuda/primitives.cuh over fibers.
 // A cluster of thread blocks is a set of fibers that take turns; barriers and warp operations are where they give way.
-// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums inside a tensor-core step are made in float64 and rounded once,
-// so values are close to a GPU's, not equal to them; what may be compared for equality is one emulated run with another.
+// Clusters (of one block, if a kernel is not compiled for more) run one after another, in a shuffled order. Float sums
+// inside a tensor-core step are made in float64 and rounded once, so values are close to a GPU's, not equal to them;
+// what may be compared for equality is one emulated run with another.
 #include <setjmp.h>
 #include <ucontext.h>
 #include <algorithm>
@@ -210,6 +211,22 @@ inline void await_mailbox(void* mailbox) {
         emulator::give_way();
     }
 }
+struct Gate {  // what a gate's eight bytes hold
+    u16 arrivals, missing;
+    u32 openings;
+};
+inline void make_gate(u64* gate, int arrivals) { *(Gate*)gate = {(u16)arrivals, (u16)arrivals, 0}; }
+inline void pass_gate(u64* at) {
+    Gate* gate = (Gate*)at;
+    if (--gate->missing == 0) { gate->missing = gate->arrivals; ++gate->openings; }
+}
+inline void await_gate(u64* at, int parity) {
+    const volatile Gate* gate = (const volatile Gate*)at;
+    for (int turns = 0; (int)(gate->openings % 2) == parity; ++turns) {
+        if (turns > 1000000) { fprintf(stderr, "a gate lacks %d arrivals\n", (int)gate->missing); abort(); }
+        emulator::give_way();
+    }
+}
 typedef u8* PeerAddress;
 inline PeerAddress peer_address(const void* mine, int rank) {
     u8 *own = emulator::aligned_shared(emulator::own_block()), *peer = emulator::aligned_shared(emulator::blocks[rank]);
@@ -280,6 +297,8 @@ template <int PICK> u32 widen_int8(u32 codes) {
 template <typename T> T* kept(T* pointer) { return pointer; }
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
+inline uint4 load_early16(const void* p) { return *(const uint4*)p; }
+inline const u16* known_early(const u16* p) { return p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }
 inline void copy16_or_zero(void* shared, const void* global, bool copies) {
     if (copies) memcpy(shared, global, 16);
@@ -370,8 +389,10 @@ inline Operand operand_after(Operand tile, int bytes) { return tile + bytes; }
 inline int operand_offset(int row, int piece) { return row * 128 + ((piece ^ (row & 7)) << 4); }
 inline void publish_to_tensor_cores() {}
 inline void products_begin() {}
+template <int> void give_registers() {}
+template <int> void take_registers() {}
 inline void products_commit() {}
-template <int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
+template <int PENDING, int TILES> void products_wait(float (&)[TILES][4], u32 (&)[4][4]) {}
 template <int TILES>
 void multiply64(float (&c)[TILES][4], u32 a0, u32 a1, u32 a2, u32 a3, Operand tile, int step, int keep) {
     int lane = threadIdx.x % 32, g = lane / 4, q = lane % 4;

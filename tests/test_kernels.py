@@ -86,8 +86,8 @@ def test_linear_is_close_to_float64_and_the_same_for_every_cut(machine, dtype, k
 
 # (row_warps, slice_warps, depth, min_blocks, prefetch, wgmma, cluster, x_blocks, wide_table)
 WGMMA_CUTS = [
-    *((4, 1, 2, 1, 1, 1, 1, 2, 0), (4, 4, 2, 1, 1, 1, 1, 2, 1), (12, 1, 4, 1, 0, 1, 2, 2, 1)),
-    (4, 2, 2, 1, 0, 1, 4, 4, 0),
+    *((4, 1, 3, 1, 1, 1, 1, 2, 0), (4, 4, 3, 1, 1, 1, 1, 2, 1), (12, 1, 4, 1, 0, 1, 2, 2, 1)),
+    (4, 2, 3, 1, 0, 1, 4, 4, 0),
 ]
 
 

@@ -27,7 +27,7 @@ MAIN = [(4096, 4096), (11008, 4096), (4096, 11008)]
 LAYER = [(12288, 4096), (22016, 4096)]
 FAMILIES = {"mma": 0, "wgmma": 1}
 BEST = 2  # the faster of both
-STAGES = {"decode": 1, "tokens": 2, "exchange": 4, "weights": 8, "decode, tokens": 3, "all but weights": 7, "all": 15}
+STAGES = {"decode": 1, "tokens": 2, "exchange": 4, "weights": 8, "decode, tokens": 3, "all but weights": 7, "all": 15, "two sets": 16, "loads together": 32}
 
 
 def mma_candidates(tokens: int, n: int, k: int) -> list[LinearConfig]:

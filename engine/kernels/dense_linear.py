@@ -18,7 +18,6 @@ def pack_dense(values: Tensor) -> PackedLinear:
     return PackedLinear(
         weights=tiles.permute(0, 3, 4, 1, 6, 5, 2, 7).contiguous(),
         scales=None,
-        pairs=None,
         byte_tables=None,
         n=n,
         k=k,

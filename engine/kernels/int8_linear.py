@@ -58,7 +58,6 @@ def pack_int8(weights: list[Int8Weight], dtype: torch.dtype, *, gate_up: bool = 
     return PackedLinear(
         weights=tiles.permute(0, 3, 4, 1, 7, 2, 5, 6, 8).contiguous(),
         scales=scale.contiguous(),
-        pairs=None,
         byte_tables=None,
         n=n,
         k=k,

@@ -39,9 +39,9 @@ class LinearConfig:
     `resident` (for few input features) all weights of a warp, which takes 8 / `slice_warps` slices, are in flight and
     `depth` is 0; a thread block goes through `row_loop` row blocks, and the values may be normalised on their way. With
     `wgmma` (compute capability 9.0 alone), four row warps multiply together, a warp takes a run of slices, `cluster`
-    thread blocks share rows, tokens are copied by `x_blocks` blocks of 64 k, and a `wide_table` of NF4 pairs takes
-    fewer instructions and twice the shared memory. `prefetch` asks for all weights of a thread block ahead. `ablate`
-    leaves a stage out (cuda/linear_parts.cuh), for measurements only.
+    thread blocks share rows, `depth` buffers of `x_blocks` blocks of 64 k lie in shared memory, and a `wide_table` of
+    NF4 pairs takes fewer instructions and twice the shared memory. `prefetch` asks for all weights of a thread block
+    ahead. `ablate` leaves a stage out (cuda/linear_parts.cuh), for measurements only.
     """
 
     decode: int
@@ -65,15 +65,14 @@ class LinearConfig:
             assert self.depth == self.x_blocks == self.wgmma == 0, str(self)
         elif self.wgmma:
             assert self.row_warps % 4 == 0 and self.row_tiles == 1 and self.row_warps % self.cluster == 0, str(self)
-            assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 8, str(self)
-            assert self.x_blocks > 0 and self._round % self.x_blocks == self._round % self.depth == 0, str(self)
-            assert self.depth > 1 and self._round % 2 == 0, str(self)
+            assert SLICES % (self.slice_warps * self.cluster) == 0 and self.slice_warps <= 4, str(self)
+            assert self.depth > 2 and self.x_blocks in (2, 4, 8), str(self)
         else:
             assert self.cluster == 1 and self.x_blocks == 0 and not self.wide_table, str(self)
 
     @property
     def threads(self) -> int:
-        return 32 * self.row_warps * self.slice_warps
+        return 32 * (self.row_warps * self.slice_warps + 4 * self.wgmma)  # four more warps copy tokens
 
     @property
     def block_rows(self) -> int:
@@ -89,9 +88,17 @@ class LinearConfig:
         return self.decode == Decode.NF4_TABLE and bool(self.wide_table)
 
     @property
-    def _round(self) -> int:
-        """Blocks that a slice is filled up to a multiple of."""
-        return max(self.x_blocks, self.depth)
+    def _left_registers(self) -> int:
+        """Registers of a thread that multiplies, when those that feed have given theirs away."""
+        each = 65536 // self.min_blocks // self.threads // 8 * 8
+        return (each * self.threads - 72 * 128) // (32 * self.row_warps * self.slice_warps) // 8 * 8
+
+    @property
+    def _holds_level(self) -> bool:
+        """HELD of cuda/linear_wgmma.cuh: whether finished slices wait in registers."""
+        sets = 2 if self.decode < Decode.INT8 and 12 * self.token_tiles + 72 <= self._left_registers else 1
+        needed = (8 + 4 * sets) * self.token_tiles + 72
+        return self.slice_warps * self.cluster < SLICES and needed <= self._left_registers
 
     def grid(self, n: int) -> tuple[int, int]:
         blocks = math.ceil(n / self.block_rows)
@@ -104,10 +111,13 @@ class LinearConfig:
             return 8 * self.token_tiles * (2 * k + 16) + min(self.row_loop, 2) * exchange
         if self.wgmma:
             groups = self.slice_warps * self.cluster
-            tokens = 3 * self.slice_warps * self.x_blocks * self.token_tiles * 1024
-            waiting = int(math.log2(SLICES // groups)) * self.threads * self.token_tiles * 16
+            tile = {Decode.INT8: 1024, Decode.DENSE: 2048}.get(self.decode, 512 + 64)  # 16 rows x 64 k, with scales
+            ring = self.slice_warps * self.depth * self.x_blocks * (self.row_warps * tile + self.token_tiles * 1024)
+            levels = int(math.log2(SLICES // groups)) - self._holds_level
+            waiting = levels * 32 * self.row_warps * self.slice_warps * self.token_tiles * 16
             exchange = groups * self.row_warps // self.cluster * self.token_tiles * 512 if groups > 1 else 0
-            return 1024 + tokens + waiting + exchange + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
+            gates = 16 * self.depth * self.slice_warps
+            return 1024 + ring + waiting + exchange + gates + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
         blocks = math.ceil(k / 64 / SLICES)
         exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
         stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)

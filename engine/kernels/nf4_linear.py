@@ -71,7 +71,7 @@ def pack_nf4(weights: list[Nf4Weight], dtype: torch.dtype, *, gate_up: bool = Fa
     """
     codes, absmax = (stack_rows([getattr(w, name) for w in weights], gate_up) for name in ("codes", "absmax"))
     n, k, device = codes.shape[0], 2 * codes.shape[1], codes.device
-    order, pairs, byte_tables = code_tables(dtype)
+    order, _, byte_tables = code_tables(dtype)
     number_of = torch.empty(16, dtype=torch.uint8)
     number_of[torch.tensor(order)] = torch.arange(16, dtype=torch.uint8)
     every = torch.arange(256)
@@ -81,7 +81,6 @@ def pack_nf4(weights: list[Nf4Weight], dtype: torch.dtype, *, gate_up: bool = Fa
     return PackedLinear(
         weights=tiles.permute(0, 3, 1, 7, 2, 4, 5, 6).contiguous(),
         scales=(absmax / VALUE_FACTOR[dtype]).view(n // 16, 8, 2, k // 64).permute(0, 3, 1, 2).contiguous(),
-        pairs=torch.tensor(pairs, dtype=torch.int64).to(torch.int32).to(device),
         byte_tables=torch.tensor(byte_tables, dtype=torch.int64).to(torch.int32).to(device),
         n=n,
         k=k,

@@ -30,7 +30,6 @@ class PackedLinear:
 
     weights: Tensor
     scales: Tensor | None
-    pairs: Tensor | None
     byte_tables: Tensor | None
     n: int
     k: int
@@ -40,7 +39,7 @@ class PackedLinear:
     is_normed: bool = False
 
     def table(self, decode: int) -> Tensor | None:
-        return self.pairs if decode == Decode.NF4_TABLE else self.byte_tables
+        return self.byte_tables if decode == Decode.NF4_PERMUTE else None
 
     @property
     def num_bytes(self) -> int:

@@ -2,41 +2,68 @@
 // warps. Warps share the positions for the scores, then the head dims for the sums, so that a sum is made by one warp,
 // in order of position. A row beyond a block's end takes nothing from it: its weights are zero, which changes no bit.
 
-// Bring a block's keys or values on the way into shared memory; zeros past the end, where memory may hold anything.
-__device__ __forceinline__ void fetch_block(u16* to, const u16* from, int first, int length) {
-    constexpr int STEP = FAR_THREADS / PIECES;  // rows; a multiple of 8, so that a thread's pieces lie alike in all
-    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES;
-    const u16* source = from + (long long)(first + row) * HEAD_DIM + piece * 8;
-    u16* target = piece_at<HEAD_DIM>(to, row, piece);
-#pragma unroll
-    for (int i = 0; i < FAR_BLOCK / STEP; ++i)
-        copy16_or_zero(target + i * STEP * HEAD_DIM, source + i * STEP * HEAD_DIM, first + row + i * STEP < length);
+// A thread's share of the blocks: the same piece of every FETCH_STEP-th row, a multiple of 8, so that they lie alike.
+constexpr int FETCH_STEP = FAR_THREADS / PIECES;
+struct Fetch {
+    const u16 *keys, *values;  // of round 0
+    int to, position;  // in values of a block; of round 0
+};
+
+__device__ __forceinline__ Fetch fetch_of(const u16* keys, const u16* values, int slot) {
+    const int row = threadIdx.x / PIECES, piece = threadIdx.x % PIECES, position = slot * FAR_BLOCK + row;
+    const long long from = (long long)position * HEAD_DIM + piece * 8;
+    Fetch fetch = {keys + from, values + from, (int)(piece_at<HEAD_DIM>((u16*)0, row, piece) - (u16*)0), position};
+    return fetch;
 }
 
-__device__ __forceinline__ void fetch_round(
-    u8* memory, int what, const u16* from, const Place& place, int round, int rounds) {
-    if (round < rounds)
-        fetch_block((u16*)(memory + what) + round % STAGES * BLOCK_VALUES, from,
-                    (place.slot + round * SLOTS) * FAR_BLOCK, place.length);
+// Bring a round's block on the way into shared memory; zeros past the end, where memory may hold anything.
+__device__ __forceinline__ void fetch_round(u16* blocks, const u16* from, const Fetch& fetch, int round, int length) {
+    u16* to = blocks + round % STAGES * BLOCK_VALUES + fetch.to;
+    const int position = fetch.position + round * SLOTS * FAR_BLOCK;
+    from += (long long)round * (SLOTS * FAR_BLOCK * HEAD_DIM);
+#pragma unroll
+    for (int i = 0; i < FAR_BLOCK / FETCH_STEP; ++i)
+        copy16_or_zero(
+            to + i * FETCH_STEP * HEAD_DIM, from + i * FETCH_STEP * HEAD_DIM, position + i * FETCH_STEP < length);
+}
+
+__device__ __forceinline__ void fetch_keys(u8* memory, const Fetch& fetch, int round, int rounds, int length) {
+    if (round < rounds) fetch_round((u16*)(memory + KEYS_AT), fetch.keys, fetch, round, length);
     commit_copies();
 }
 
-// Rotate the rows' queries into shared memory; `turns` are those of this thread's first share.
-__device__ __forceinline__ void place_queries(
-    u16* query, const u16* qkv, const float2* angles, const int* depth, const Place& place, Turns turns) {
-    const int width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
-    for (int item = threadIdx.x; item < ROWS * PIECES / 2; item += FAR_THREADS) {
-        int row = item / (PIECES / 2), piece = item % (PIECES / 2);
-        RowOwner owner = row_owner(place, row);
-        if (owner.node < 0) continue;
-        const u16* from = qkv + (long long)owner.node * width + owner.head * HEAD_DIM + piece * 8;
-        uint4 low = *(const uint4*)from, high = *(const uint4*)(from + HEAD_DIM / 2);
-        if (item >= FAR_THREADS)
-            turns = load_turns(angles + (long long)(place.length + depth[owner.node]) * (HEAD_DIM / 2), piece * 8);
-        rotate8(low, high, turns);
-        *(uint4*)piece_at<HEAD_DIM>(query, row, piece) = low;
-        *(uint4*)piece_at<HEAD_DIM>(query, row, piece + PIECES / 2) = high;
-    }
+__device__ __forceinline__ void fetch_values(u8* memory, const Fetch& fetch, int round, int rounds, int length) {
+    if (round < rounds) fetch_round((u16*)(memory + VALUES_AT), fetch.values, fetch, round, length);
+    commit_copies();
+}
+
+// A thread's share of the queries: a piece of a row of the lower half of a head, and the piece that turns with it.
+struct QueryPiece {
+    const u16* from;  // null where there is no such row
+    u16* to[2];
+    Turns turns;
+};
+
+__device__ __forceinline__ QueryPiece query_piece(
+    u8* memory, int item, const u16* qkv, const float2* angles, const int* depth, const Place& place) {
+    const int row = item / (PIECES / 2), piece = item % (PIECES / 2), width = place.kv_heads * (GROUP + 2) * HEAD_DIM;
+    const RowOwner owner = row_owner(place, row);
+    QueryPiece share = {};
+    if (row >= ROWS || owner.node < 0) return share;
+    share.from = known_early(qkv + (long long)owner.node * width + owner.head * HEAD_DIM + piece * 8);
+#pragma unroll
+    for (int i = 0; i < 2; ++i)
+        share.to[i] = piece_at<HEAD_DIM>((u16*)(memory + QUERY_AT), row, piece + i * PIECES / 2);
+    share.turns = load_turns(angles + (long long)(place.length + depth[owner.node]) * (HEAD_DIM / 2), piece * 8);
+    return share;
+}
+
+__device__ __forceinline__ void place_query(const QueryPiece& share) {
+    if (!share.from) return;
+    uint4 low = load_early16(share.from), high = load_early16(share.from + HEAD_DIM / 2);
+    rotate8(low, high, share.turns);
+    *(uint4*)share.to[0] = low;
+    *(uint4*)share.to[1] = high;
 }
 
 constexpr int TILE_STEP = FAR_WARPS / UNITS, MY_TILES = (ROW_TILES + TILE_STEP - 1) / TILE_STEP;
@@ -186,8 +213,8 @@ __device__ __forceinline__ void add_row_total(FarState& state, const u8* memory,
 
 // All rounds of the eight far warps, after the first STAGES rounds have been asked for and the queries are in place.
 __device__ __forceinline__ void far_rounds(
-    FarState& state, u8* memory, const u16* keys, const u16* values, const Place& place,
-    const int (&end)[ROW_TILES][2], int rounds, float scale) {
+    FarState& state, u8* memory, const Fetch& fetch, const Place& place, const int (&end)[ROW_TILES][2], int rounds,
+    float scale) {
 #pragma unroll 1
     for (int round = 0; round < rounds; ++round) {
         const int stage = round % STAGES, first = (place.slot + round * SLOTS) * FAR_BLOCK;
@@ -195,7 +222,7 @@ __device__ __forceinline__ void far_rounds(
         score_block(scores, memory, (u16*)(memory + KEYS_AT) + stage * BLOCK_VALUES, end, first, place.length, scale);
         barrier(FAR_BARRIER, FAR_THREADS);  // peaks are there, the block's keys are done with
         if (round + 1 == rounds) keys_done();
-        fetch_round(memory, KEYS_AT, keys, place, round + STAGES, rounds);
+        fetch_keys(memory, fetch, round + STAGES, rounds, place.length);
         weigh_block(state, scores, memory);
         if (threadIdx.x < ROWS) fade = move_row_peak(state, memory);
         wait_copies<2 * STAGES - 1>();
@@ -205,7 +232,7 @@ __device__ __forceinline__ void far_rounds(
         if (round + 1 < rounds) {
             wait_copies<2 * STAGES - 2>();
             barrier(FAR_BARRIER, FAR_THREADS);  // the next block's keys are there, this one's values are done with
-            fetch_round(memory, VALUES_AT, values, place, round + STAGES, rounds);
+            fetch_values(memory, fetch, round + STAGES, rounds, place.length);
         }
     }
 }

@@ -36,7 +36,7 @@ __device__ __forceinline__ NearSources find_near(
     for (int half = 0; half < 2; ++half) {
         const int from = __shfl_sync(~0u, owner, 8 * half + g), position = max(first + 8 * half + g, 0);
         const u16* key = from >= 0 ? node_keys + (long long)from * width : keys + (long long)position * HEAD_DIM;
-        sources.keys[half] = key + 8 * q;
+        sources.keys[half] = known_early(key + 8 * q);
     }
 #pragma unroll
     for (int i = 0; i < NEAR * PIECES / 32; ++i) {
@@ -54,7 +54,7 @@ __device__ __forceinline__ void fetch_near(NearKeys& near, u16* near_values, con
 #pragma unroll
     for (int half = 0; half < 2; ++half)
 #pragma unroll
-        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = *(const uint4*)(sources.keys[half] + 32 * c);
+        for (int c = 0; c < CHUNKS32; ++c) near.keys[half][c] = load_early16(sources.keys[half] + 32 * c);
 #pragma unroll
     for (int i = 0; i < NEAR * PIECES / 32; ++i) {
         const int row = (i * 32 + lane) / PIECES, piece = (i * 32 + lane) % PIECES;
@@ -95,7 +95,8 @@ __device__ __forceinline__ void score_near(float (&scores)[2][4], const NearKeys
         uint4 a[2] = {};
 #pragma unroll
         for (int i = 0; i < 2; ++i)
-            if (g + 8 * i < TASK_HEADS) a[i] = *(const uint4*)piece_at<HEAD_DIM>(query, first_row + g + 8 * i, 4 * c + q);
+            if (g + 8 * i < TASK_HEADS)
+                a[i] = *(const uint4*)piece_at<HEAD_DIM>(query, first_row + g + 8 * i, 4 * c + q);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
             const uint4& k = near.keys[half][c];
@@ -172,7 +173,8 @@ __device__ __forceinline__ void send_near(const NearWeights& weights, u16* near_
             if (!targets.exists[i]) continue;
 #pragma unroll
             for (int n = 0; n < 2; ++n)
-                targets.rows[i].put_sums(16 * pair + 8 * n + 2 * q, make_float2(products[n][2 * i], products[n][2 * i + 1]));
+                targets.rows[i].put_sums(
+                    16 * pair + 8 * n + 2 * q, make_float2(products[n][2 * i], products[n][2 * i + 1]));
         }
     }
 }

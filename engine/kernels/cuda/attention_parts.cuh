@@ -42,7 +42,7 @@ enum { FAR_BARRIER = 1, QUERY_BARRIER = 2 };
 
 // A thread block's place: one of SLOTS that share the rows of `first_task` and on of one key/value head.
 struct Place {
-    int slot, kv_head, kv_heads, first_task, num_tasks, nodes, length;
+    int slot, kv_head, kv_heads, first_task, num_tasks, length;
 };
 
 // The row's node and query head among all heads, or node -1 where there is none.

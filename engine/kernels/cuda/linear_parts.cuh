@@ -20,9 +20,12 @@
 #ifndef WIDE_TABLE
 #define WIDE_TABLE 0
 #endif
-enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8 };
+enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8, ONE_SET = 16, ONE_BY_ONE = 32 };
 
-constexpr int THREADS = 32 * ROW_WARPS * SLICE_WARPS;
+#ifndef FEEDERS
+#define FEEDERS 0
+#endif
+constexpr int MULTIPLIERS = 32 * ROW_WARPS * SLICE_WARPS, THREADS = MULTIPLIERS + 32 * FEEDERS;
 constexpr int LOADS = IS_NF4 ? 1 : DECODE == 2 ? 2 : 4;  // 16-byte loads a lane and tile
 constexpr int TILE_BYTES = LOADS * 512;
 constexpr int BLOCK_ROW_TILES = ROW_WARPS * ROW_TILES;
@@ -69,9 +72,23 @@ constexpr int TABLE_ROW = 128;
 SHARED u32 pair_table[256 * 32];
 #endif
 
-__device__ __forceinline__ void fill_pair_table(u8* to, const u32* table) {
+// The 16 values, two a word, as `code_tables` of nf4_linear.py numbers them: here, so that no launch waits for a table.
+__device__ __forceinline__ u32 value_bits(int code) {
+    const bool second = code & 2, third = code & 4, fourth = code & 8;
+#if BF16
+    const u32 low = third ? (second ? 0xbedebfc3 : 0xbe0ebf4d) : second ? 0x3f8d3df8 : 0x3f2c3e7b;
+    const u32 high = third ? (second ? 0xbe90bf88 : 0x8000bf1a) : second ? 0x3fc33ec0 : 0x3f5c3f04;
+#else
+    const u32 low = third ? (second ? 0xb4a8ba9e : 0xb72bbe4d) : second ? 0x398e3b17 : 0x36343003;
+    const u32 high = third ? (second ? 0xb097b8fa : 0x8000bc63) : second ? 0x3c8e3e4d : 0x3842340e;
+#endif
+    const u32 word = fourth ? high : low;
+    return code & 1 ? word >> 16 : word & 0xffff;
+}
+
+__device__ __forceinline__ void fill_pair_table(u8* to) {
     for (int i = threadIdx.x; i < 256 * 8; i += THREADS) {
-        u32 pair = table[i >> 3];
+        const u32 pair = value_bits(i >> 7) | value_bits(i >> 3 & 15) << 16;
         *(uint4*)(to + (i >> 3) * TABLE_ROW + (i & 7) * 16) = make_uint4(pair, pair, pair, pair);
     }
 }
@@ -113,11 +130,11 @@ __device__ __forceinline__ void decode_word(u32 word, const Tables& tables, u32 
 __device__ __forceinline__ Tables load_tables(const u32* table, u8* wide = nullptr) {
     Tables tables = {};
 #if DECODE == 0 && WIDE_TABLE
-    fill_pair_table(wide, table);
+    fill_pair_table(wide);
     tables.wide = wide;
     tables.lane4 = (threadIdx.x & 31) * 4;
 #elif DECODE == 0
-    fill_pair_table((u8*)pair_table, table);
+    fill_pair_table((u8*)pair_table);
     tables.column = shared_address(pair_table + (threadIdx.x & 31));
 #elif DECODE == 1
 #pragma unroll

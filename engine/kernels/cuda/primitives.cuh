@@ -112,6 +112,20 @@ __device__ __forceinline__ float2 load_once8(const void* address) {
     return v;
 }
 
+// Load now, not where the compiler finds the value needed: what hides a wait is worth registers.
+__device__ __forceinline__ uint4 load_early16(const void* address) {
+    uint4 v;
+    asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+                 : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(address) : "memory");
+    return v;
+}
+
+// An address that is worked out before what follows, for the same reason.
+__device__ __forceinline__ const u16* known_early(const u16* address) {
+    asm volatile("" : "+l"(address)::"memory");
+    return address;
+}
+
 __device__ __forceinline__ void copy16_async(void* shared, const void* global) {
 #if __CUDA_ARCH__ >= 800
     u32 target = (u32)__cvta_generic_to_shared(shared);
@@ -226,6 +240,22 @@ __device__ __forceinline__ void await_mailbox(void* mailbox) {
         ::"r"((u32)__cvta_generic_to_shared(mailbox)) : "memory");
 }
 
+// A gate in shared memory (8 bytes) that opens, again and again, when it has been passed `arrivals` times: one thread
+// makes it, before a barrier. The n-th opening (from 0) is awaited with parity n % 2, by whom it then shows what those
+// who passed had written.
+__device__ __forceinline__ void make_gate(u64* gate, int arrivals) {
+    asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;"
+                 ::"r"((u32)__cvta_generic_to_shared(gate)), "r"(arrivals) : "memory");
+}
+__device__ __forceinline__ void pass_gate(u64* gate) {
+    asm volatile("mbarrier.arrive.shared::cta.b64 _, [%0];" ::"r"((u32)__cvta_generic_to_shared(gate)) : "memory");
+}
+__device__ __forceinline__ void await_gate(u64* gate, int parity) {
+    asm volatile(
+        "{\n.reg .pred open;\nagain:\nmbarrier.try_wait.parity.shared::cta.b64 open, [%0], %1;\n@!open bra again;\n}"
+        ::"r"((u32)__cvta_generic_to_shared(gate)), "r"(parity) : "memory");
+}
+
 // Where thread block `rank` of the cluster has what this one has at `mine` in its shared memory.
 typedef u32 PeerAddress;
 __device__ __forceinline__ PeerAddress peer_address(const void* mine, int rank) {
@@ -328,24 +358,31 @@ __device__ __forceinline__ Operand operand_at(const u8* tile) {
 }
 __device__ __forceinline__ Operand operand_after(Operand tile, int bytes) { return tile + (u32)(bytes >> 4); }
 
+// Four warps give registers back, or get more, up to COUNT a thread (a multiple of 8); the latter waits for the former.
+template <int COUNT>
+__device__ __forceinline__ void give_registers() { asm volatile("setmaxnreg.dec.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+template <int COUNT>
+__device__ __forceinline__ void take_registers() { asm volatile("setmaxnreg.inc.sync.aligned.u32 %0;" ::"n"(COUNT)); }
+
 #define SUMS4(c) "+f"(c[0]), "+f"(c[1]), "+f"(c[2]), "+f"(c[3])
 #define CODES4(a) "+r"(a[0]), "+r"(a[1]), "+r"(a[2]), "+r"(a[3])
 #define SUMS16(c, i) SUMS4(c[i]), SUMS4(c[i + 1]), SUMS4(c[i + 2]), SUMS4(c[i + 3])
-// Wait for the products under way: their sums may be read then, and their left operand's registers written.
-template <int TILES>
+// Wait for all products under way but the last PENDING committed: the sums `c` may be read then, and the registers of
+// their left operand `a` written.
+template <int PENDING, int TILES>
 __device__ __forceinline__ void products_wait(float (&c)[TILES][4], u32 (&a)[4][4]) {
     if constexpr (TILES == 1)
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS4(c[0]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %20;"
+            : SUMS4(c[0]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
     else if constexpr (TILES == 2)
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS4(c[0]), SUMS4(c[1]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %24;"
+            : SUMS4(c[0]), SUMS4(c[1]), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
     else if constexpr (TILES == 4)
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS16(c, 0), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %32;"
+            : SUMS16(c, 0), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
     else
-        asm volatile("wgmma.wait_group.sync.aligned 0;"
-            : SUMS16(c, 0), SUMS16(c, 4), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3])::"memory");
+        asm volatile("wgmma.wait_group.sync.aligned %48;"
+            : SUMS16(c, 0), SUMS16(c, 4), CODES4(a[0]), CODES4(a[1]), CODES4(a[2]), CODES4(a[3]): "n"(PENDING) : "memory");
 }
 
 // c[64 x 8 TILES] (+)= a * the 16 columns from 16 * step on of the operand at `tile` (8 * TILES rows of 64 values, at a

@@ -102,18 +102,17 @@ __device__ __forceinline__ void far_warps(
         int node = row_owner(place, 8 * i + g).node;
         end[i / 2][i % 2] = node < 0 ? 0 : place.length + in.depth[node] - NEAR + 1;
     }
-    Turns turns = {};
-    const int node = row_owner(place, threadIdx.x / (PIECES / 2)).node;
-    if (node >= 0)
-        turns = load_turns(in.angles + (long long)(place.length + in.depth[node]) * (HEAD_DIM / 2),
-                           threadIdx.x % (PIECES / 2) * 8);
+    const QueryPiece share = query_piece(memory, threadIdx.x, in.qkv, in.angles, in.depth, place);
+    const Fetch fetch = fetch_of(in.keys, in.values, place.slot);
 #pragma unroll
     for (int round = 0; round < STAGES; ++round) {
-        fetch_round(memory, KEYS_AT, in.keys, place, round, rounds);
-        fetch_round(memory, VALUES_AT, in.values, place, round, rounds);
+        fetch_keys(memory, fetch, round, rounds, place.length);
+        fetch_values(memory, fetch, round, rounds, place.length);
     }
     wait_for_previous_kernel();
-    place_queries((u16*)(memory + QUERY_AT), in.qkv, in.angles, in.depth, place, turns);
+    place_query(share);
+    for (int item = threadIdx.x + FAR_THREADS; item < ROWS * PIECES / 2; item += FAR_THREADS)
+        place_query(query_piece(memory, item, in.qkv, in.angles, in.depth, place));
     barrier_arrive(QUERY_BARRIER, THREADS);
     if (rounds <= 0) {
         keys_done();
@@ -126,7 +125,7 @@ __device__ __forceinline__ void far_warps(
     state.row_peak = -INFINITY;
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) state.peak[i / 2][i % 2] = -INFINITY;
-    far_rounds(state, memory, in.keys, in.values, place, end, rounds, scale);
+    far_rounds(state, memory, fetch, place, end, rounds, scale);
     wait_until_keys_done();
     send_far(state, exchange, place);
 }
@@ -192,8 +191,8 @@ attend_tree(
     DYNAMIC_SHARED(memory);
     let_next_kernel_start();
     if (!scratch_keys) wait_for_previous_kernel();
-    const Place place = {(int)blockIdx.x,         (int)blockIdx.z,    (int)gridDim.z, (int)blockIdx.y * TASKS,
-                         nodes * NODE_TASKS, nodes, __ldcg(length_at)};
+    const Place place = {(int)blockIdx.x, (int)blockIdx.z, (int)gridDim.z, (int)blockIdx.y * TASKS, nodes * NODE_TASKS,
+                         __ldcg(length_at)};
     const long long head_at = (long long)place.kv_head * capacity * HEAD_DIM;
     const Inputs in = {qkv, keys + head_at, values + head_at, angles, depth, ancestor_at};
     const long long group = blockIdx.z * gridDim.y + blockIdx.y;
