@@ -117,7 +117,9 @@ class LinearConfig:
             waiting = levels * 32 * self.row_warps * self.slice_warps * self.token_tiles * 16
             exchange = groups * self.row_warps // self.cluster * self.token_tiles * 512 if groups > 1 else 0
             gates = 16 * self.depth * self.slice_warps
-            return 1024 + ring + waiting + exchange + gates + (WIDE_TABLE_BYTES if self._has_wide_table else 0)
+            table = WIDE_TABLE_BYTES if self._has_wide_table else 0
+            exchange = 0 if 2 * exchange <= table else exchange  # between the table's rows
+            return 1024 + ring + waiting + exchange + gates + table
         blocks = math.ceil(k / 64 / SLICES)
         exchange = self.threads // 2 * 16 * self.row_tiles * self.token_tiles if self.slice_warps > 1 else 0
         stage = 8 * self.token_tiles * (self.depth * self.slice_warps * 128 + 16)

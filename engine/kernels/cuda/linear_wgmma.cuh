@@ -32,6 +32,13 @@ constexpr int SETS = IS_NF4 && 12 * TOKEN_TILES + 72 <= LEFT_REGISTERS && !(ABLA
 constexpr int HELD = LEVELS > 0 && (8 + 4 * SETS) * TOKEN_TILES + 72 <= LEFT_REGISTERS ? 1 : 0;
 constexpr int ROUND = SETS == 2 && X_BLOCKS < 4 ? 4 : X_BLOCKS;  // blocks a slice is filled up to a multiple of
 
+// Sums that thread blocks exchange lie between the rows of a wide table where there is one, in the half that it leaves.
+constexpr int EXCHANGED = GROUPS > 1 ? GROUPS * OWN_TILES * SUMS : 0;  // float4
+constexpr bool IN_TABLE = WIDE_BYTES > 0 && EXCHANGED * 32 <= WIDE_BYTES;
+__device__ __forceinline__ float4* exchange_at(float4* exchange, int index) {
+    return IN_TABLE ? exchange + index + index / 8 * 8 + 8 : exchange + index;
+}
+
 // Add a finished slice to those before it, as a binary tree. `held` is level 0 of those that wait, `waiting` holds one
 // value of each further level for this thread.
 __device__ __forceinline__ void add_slice(
@@ -199,8 +206,9 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     u8* codes_at = shared + SLICE_WARPS * BUFFERS * TOKENS_BYTES;
     u8* scales_at = codes_at + SLICE_WARPS * BUFFERS * STAGE_TILES * TILE_BYTES;
     float4* waiting = (float4*)(scales_at + SLICE_WARPS * BUFFERS * STAGE_TILES * SCALE_BYTES);
-    float4* exchange = waiting + (LEVELS - HELD) * TOKEN_TILES * MULTIPLIERS;
-    u64* gates = (u64*)(exchange + (GROUPS > 1 ? GROUPS * OWN_TILES * SUMS : 0));
+    float4* waiting_end = waiting + (LEVELS - HELD) * TOKEN_TILES * MULTIPLIERS;
+    float4* exchange = IN_TABLE ? (float4*)all_shared : waiting_end;
+    u64* gates = (u64*)(waiting_end + (IN_TABLE ? 0 : EXCHANGED));
     const int lane = threadIdx.x & 31, warp = __shfl_sync(~0u, threadIdx.x >> 5, 0);  // known to be uniform
     const bool feeds = warp >= ROW_WARPS * SLICE_WARPS;
     const int row_warp = warp % ROW_WARPS;
@@ -325,10 +333,10 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     }
     if (CLUSTER > 1) cluster_wait();  // the others are there
     const int owner = row_warp / OWN_TILES;
-    float4* slot = exchange + (group * OWN_TILES + row_warp % OWN_TILES) * SUMS + lane;
+    const int slot = (group * OWN_TILES + row_warp % OWN_TILES) * SUMS + lane;
 #pragma unroll
     for (int t = 0; t < TOKEN_TILES; ++t)
-        store_peer16(slot + t * 32, owner, make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
+        store_peer16(exchange_at(exchange, slot + t * 32), owner, make_float4(sums[t][0], sums[t][1], sums[t][2], sums[t][3]));
     if (CLUSTER > 1) {
         cluster_barrier();
     } else {
@@ -337,7 +345,7 @@ extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THR
     for (int item = warp; item < OWN_TILES * TOKEN_TILES; item += ROW_WARPS * SLICE_WARPS) {
         float4 part[GROUPS];
 #pragma unroll
-        for (int i = 0; i < GROUPS; ++i) part[i] = exchange[(i * OWN_TILES * TOKEN_TILES + item) * 32 + lane];
+        for (int i = 0; i < GROUPS; ++i) part[i] = *exchange_at(exchange, (i * OWN_TILES * TOKEN_TILES + item) * 32 + lane);
 #pragma unroll
         for (int step = 1; step < GROUPS; step *= 2)
 #pragma unroll
