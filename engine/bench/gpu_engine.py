@@ -27,7 +27,7 @@ from engine.decode import PLAIN
 from engine.tree import CandidateTree
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
-SIZES = (4, 8, 15, 16, 31, 63)  # drafted nodes
+SIZES = (4, 7, 8, 15, 31, 63)  # drafted nodes
 NODES = (1, 2, 3, 5, 8, 9, 12, 16, 17, 24, 32, 33, 48, 63, 64)  # with the root
 CONTEXTS = (100, 1000, 4000)
 

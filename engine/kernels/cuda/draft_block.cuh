@@ -176,18 +176,22 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
     }
 #endif
 #else
+    auto row_at = [&](int row) {
+        return load_summed(base + row * base_stride, added ? added + row * HIDDEN : nullptr, lane);
+    };
+    Summed summed = {};
+    if (warp < rows) summed = row_at(warp);
+    widen_down();
     for (int row = warp; row < rows; row += WARPS) {
-        const Summed summed = load_summed(base + row * base_stride, added ? added + row * HIDDEN : nullptr, lane);
-        if (row == warp) widen_down();
         float2 pairs[PAIRS];
         add_up(pairs, summed);
+        if (row + WARPS < rows) summed = row_at(row + WARPS);
         if (x_out && blockIdx.x == 0)
 #pragma unroll
             for (int i = 0; i < PAIRS; ++i) ((u32*)(x_out + row * HIDDEN))[lane + 32 * i] = pack2(pairs[i].x, pairs[i].y);
         const float scale = write_planes(shared + row * ROW_PITCH, pairs, lane);
         if (lane == 0) scales[row] = scale;
     }
-    if (warp >= rows) widen_down();
 #endif
     __syncthreads();
 
