@@ -69,9 +69,7 @@ class CapturedLoop:
                 if under_way and not fits:  # which tree fits is known when those under way have been read
                     break
                 chosen = tree if fits else PLAIN
-                output = self._runner.step(
-                    chosen, drafter if fits else None, longest=longest, chooser=self._chooser
-                )
+                output = self._runner.step(chosen, drafter if fits else None, longest=longest, chooser=self._chooser)
                 under_way.append((chosen, output))
             chosen, output = under_way.popleft()
             record, tokens, chances = output.wait()

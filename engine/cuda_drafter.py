@@ -31,9 +31,7 @@ class CudaDrafter:
     CudaKernelsUnavailableError for heads of odd sizes.
     """
 
-    def __init__(
-        self, heads: MedusaHeads, runner: CudaRunner, shared_output: Weight, *, is_fused: bool = True
-    ) -> None:
+    def __init__(self, heads: MedusaHeads, runner: CudaRunner, shared_output: Weight, *, is_fused: bool = True) -> None:
         config = heads.config
         require(config.hidden_size % 64 == 0, "a multiple of 64 as the heads' hidden size", config.hidden_size)
         require((config.width or 64) % 64 == 0, "a multiple of 64 as the heads' width", config.width)
@@ -166,4 +164,3 @@ class CudaDrafter:
             self._outgrown.append(self._gathered)
             self._gathered = torch.zeros(MAX_ROWS * slots * hidden, dtype=self._x.dtype, device=self._x.device)
         return self._gathered[: rows * slots * hidden].view(rows, slots, hidden)
-

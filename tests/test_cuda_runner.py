@@ -253,9 +253,7 @@ def test_fused_rounds_guess_as_the_others_do(
     assert fused.memory_bytes() > 0 and fused._logits.numel() < apart._logits.numel() + 1
 
 
-def check_drafts(
-    runner: CudaRunner, weights: BackboneWeights, heads: MedusaHeads, *, is_fused: bool = True
-) -> None:
+def check_drafts(runner: CudaRunner, weights: BackboneWeights, heads: MedusaHeads, *, is_fused: bool = True) -> None:
     """Guesses and probabilities of float32 heads, wherever rounding leaves the order of guesses alone."""
     table = weights.embedding.dequantize()
     lm_head = torch.nn.Linear(128, 96, bias=False)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from engine.bench.gpu_linears import compile_all, correctness, time_shapes, tune_shapes
+from engine.bench.gpu_linears import compile_all, correctness, short_correctness, time_shapes, tune_shapes
 from engine.bench.gpu_report import Report, bandwidth, environment
 from engine.bench.gpu_step import attention_times, small_ops, step_parts, whole_step
 
@@ -43,17 +43,21 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-limit", type=float, default=280.0)
+    parser.add_argument("--short", action="store_true", help="NF4 and the 7B-shaped step alone, in about a minute")
     arguments = parser.parse_args()
     torch.manual_seed(0)
     report = Report(arguments.out, arguments.time_limit)
     report.run("environment", environment)
     report.run("bandwidth", bandwidth)
     report.run("compile", compile_all)
-    report.run("correctness", correctness)
+    report.run("correctness", short_correctness if arguments.short else correctness)
     report.run("tune_main", tune_shapes(MAIN), 0.6)
     report.run("time_nf4_main", time_shapes(MAIN), 0.7)
     report.run("tune_more", tune_shapes(MORE[:2]), 0.75)
     report.run("step_7B_nf4", whole_step("7B"), 0.8)
+    if arguments.short:
+        print_table(report)
+        return
     report.run("parts_7B_nf4", step_parts("7B"), 0.8)
     report.run("attention", attention_times, 0.8)
     report.run("small_ops", small_ops, 0.8)

@@ -1,6 +1,6 @@
 """The linears on a GPU: matrices and bitsandbytes' own, errors against float64, equality of bits, times by shape."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -56,11 +56,21 @@ def bnb_linear(x: Tensor, quantised: Any) -> Tensor:
     return bitsandbytes.matmul_4bit(x, data.t(), quant_state=state)
 
 
-def correctness(report: Report) -> dict[str, Any]:
+def short_correctness(report: Report) -> dict[str, Any]:
+    """`correctness` of one NF4 matrix in bfloat16."""
+    return correctness(report, dtypes=(torch.bfloat16,), shapes=[(4096, 4096)], others=False)
+
+
+def correctness(
+    report: Report,
+    dtypes: Sequence[torch.dtype] = (torch.bfloat16, torch.float16),
+    shapes: Sequence[tuple[int, int]] = ((4096, 4096), (1024, 11008), (576, 1536), (960, 576)),
+    others: bool = True,
+) -> dict[str, Any]:
     """Error against float64 beside bitsandbytes', and equality of bits over rows, cuts and decodings."""
     results, workspace = {}, Workspace("cuda")
-    for dtype in (torch.bfloat16, torch.float16):
-        for n, k in [(4096, 4096), (1024, 11008), (576, 1536), (960, 576)]:
+    for dtype in dtypes:
+        for n, k in shapes:
             weight, quantised = nf4_matrix(n, k)
             if quantised:
                 quantised[1].dtype = dtype
@@ -75,6 +85,8 @@ def correctness(report: Report) -> dict[str, Any]:
             entry["16 bit weights"] = error(F.linear(x, values.to(dtype)), want)
             entry["unequal"] = unequal(x, packed, workspace, base)
             results[f"{n}x{k} {dtype}"] = entry
+            if not others:
+                continue
             int8 = Int8Weight.from_dense(values)
             for name, other, exact in (
                 ("int8", pack_int8([int8], dtype), int8.dequantize()),

@@ -27,7 +27,10 @@ MAIN = [(4096, 4096), (11008, 4096), (4096, 11008)]
 LAYER = [(12288, 4096), (22016, 4096)]
 FAMILIES = {"mma": 0, "wgmma": 1}
 BEST = 2  # the faster of both
-STAGES = {"decode": 1, "tokens": 2, "exchange": 4, "weights": 8, "decode, tokens": 3, "all but weights": 7, "all": 15, "two sets": 16, "loads together": 32}
+STAGES = {
+    "decode": 1, "tokens": 2, "exchange": 4, "weights": 8, "decode, tokens": 3, "all but weights": 7, "all": 15,
+    "two sets": 16,
+}  # fmt: skip
 
 
 def mma_candidates(tokens: int, n: int, k: int) -> list[LinearConfig]:
@@ -116,6 +119,8 @@ def search(tokens: int, shapes: list[tuple[int, int]] = MAIN) -> Callable[[Repor
             matrix, quicker = Matrix(n, k), None
             for family in FAMILIES:
                 tries = family_candidates(family, tokens, n, k)
+                if not tries:
+                    continue
                 timed = sorted(((matrix.time(tokens, config), config) for config in tries), key=lambda pair: pair[0])
                 again = [(matrix.time(tokens, config, repeats=9), config) for _, config in timed[:4]]
                 us, report.best[FAMILIES[family], n, k, tokens] = min(again, key=lambda pair: pair[0])

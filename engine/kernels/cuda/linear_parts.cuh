@@ -20,7 +20,7 @@
 #ifndef WIDE_TABLE
 #define WIDE_TABLE 0
 #endif
-enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8, ONE_SET = 16, ONE_BY_ONE = 32 };
+enum { NO_DECODE = 1, NO_TOKENS = 2, NO_EXCHANGE = 4, NO_WEIGHTS = 8, ONE_SET = 16 };
 
 #ifndef FEEDERS
 #define FEEDERS 0
