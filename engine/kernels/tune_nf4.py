@@ -85,7 +85,7 @@ WGMMA_CUTS: dict[int, list[tuple[int, int, int, int, int, int, int]]] = {
     ],
 }
 WGMMA_LEAST_K = 1024
-LAUNCHES = 24  # captured for one measurement, at least: more where so many copies are needed to fill the cache
+LAUNCHES = 48  # captured for one measurement, each on a matrix of its own where that is small
 SMALL = 4 << 20  # values of a matrix that is read in no time: how soon the kernel comes to its end decides
 LARGE_N = 8192  # rows from which thread blocks go through several row blocks
 
@@ -134,8 +134,13 @@ def _resident(decode: int, tiles: int, n: int, k: int) -> list[LinearConfig]:
     return found
 
 
-def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5) -> float:
-    """Return microseconds per launch: `launch(0..count-1)` captured once as a CUDA graph, median of replays."""
+def time_graph(
+    launch: Callable[[int], object], count: int, *, repeats: int = 5, before: Callable[[], object] = lambda: None
+) -> float:
+    """Return microseconds per launch: `launch(0..count-1)` captured once as a CUDA graph, median of replays.
+
+    `before` runs ahead of each replay and is not timed.
+    """
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -150,6 +155,7 @@ def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5)
     times = []
     for _ in range(repeats):
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        before()
         start.record()
         graph.replay()
         end.record()
@@ -160,7 +166,7 @@ def time_graph(launch: Callable[[int], object], count: int, *, repeats: int = 5)
 
 def copies(weight: PackedLinear, at_most: int = 256) -> list[PackedLinear]:
     """Repeat a matrix so that a round over the copies finds none of it in the GPU's cache (or `at_most` times)."""
-    count = min(at_most, 1 + math.ceil(1.15 * cache_bytes() / weight.num_bytes))
+    count = min(at_most, 1 + math.ceil(1.3 * cache_bytes() / weight.num_bytes))
     scales = weight.scales
     return [
         replace(weight, weights=weight.weights.clone(), scales=None if scales is None else scales.clone())
@@ -181,12 +187,15 @@ def tune(
     promised anywhere.
     """
     x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
-    rounds = copies(weight)
+    rounds = copies(weight, LAUNCHES)
     tries = candidates(weight.decode, tokens, weight.n, weight.k) if tries is None else tries
     tries = [config for config in tries if not _spills(config, weight)] or tries
     out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
-    timed = [(_time_config(x, rounds, config, workspace, out), config) for config in tries]
+    # A few copies of a small matrix would stay in the cache. (Filling it with copies instead chose launches that took
+    # 7 % more of a real step at 8 rows, on an H100.)
+    flush = torch.empty(cache_bytes(), dtype=torch.uint8, device=x.device)
+    timed = [(_time_config(x, rounds, config, workspace, out, flush), config) for config in tries]
     timed.sort(key=lambda pair: pair[0])
     portable = default_config(weight.n, weight.k, tokens, weight.decode)
     expected = run_linear(x, weight, portable, workspace)
@@ -202,7 +211,7 @@ def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
 
 
 def _time_config(
-    x: Tensor, rounds: list[PackedLinear], config: LinearConfig, workspace: Workspace, out: Tensor
+    x: Tensor, rounds: list[PackedLinear], config: LinearConfig, workspace: Workspace, out: Tensor, flush: Tensor
 ) -> float:
     factors = torch.ones_like(x[0])
     norm = Norm(factors, 1e-5) if rounds[0].is_normed and config.can_normalize(x.shape[1]) else None
@@ -213,7 +222,7 @@ def _time_config(
             fused_ops.rms_norm(x, factors, 1e-5, out=normed)
         return run_linear(x, rounds[i % len(rounds)], config, workspace, norm=norm, out=out)
 
-    return time_graph(launch, max(len(rounds), LAUNCHES), repeats=3)
+    return time_graph(launch, max(len(rounds), LAUNCHES // 2), repeats=3, before=flush.zero_)
 
 
 def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
