@@ -35,7 +35,7 @@ class Q4Affine:
         blocks = self.codes.view(self.codes.shape[0], -1, BLOCK).float()
         return (blocks * self.scale.float().unsqueeze(-1) + self.minimum.float().unsqueeze(-1)).flatten(1)
 
-    def permute_rows(self, order: Tensor) -> "Q4Affine":
+    def permute_rows(self, order: Tensor | slice) -> "Q4Affine":
         return replace(self, codes=self.codes[order], scale=self.scale[order], minimum=self.minimum[order])
 
 
@@ -55,7 +55,7 @@ class Q8Symmetric:
         blocks = self.codes.view(self.codes.shape[0], -1, BLOCK).float()
         return (blocks * self.scale.float().unsqueeze(-1)).flatten(1)
 
-    def permute_rows(self, order: Tensor) -> "Q8Symmetric":
+    def permute_rows(self, order: Tensor | slice) -> "Q8Symmetric":
         return replace(self, codes=self.codes[order], scale=self.scale[order])
 
 
@@ -73,7 +73,7 @@ class DenseWeight:
         """Return the values, float32 [N, K]."""
         return self.values.float()
 
-    def permute_rows(self, order: Tensor) -> "DenseWeight":
+    def permute_rows(self, order: Tensor | slice) -> "DenseWeight":
         return DenseWeight(self.values[order])
 
 

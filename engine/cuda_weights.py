@@ -22,6 +22,8 @@ from engine.kernels.tree_attention import HEAD_DIMS
 
 __all__ = ["CudaKernelsUnavailableError", "PackedBackbone", "PackedLayer", "pack_backbone", "pack_matrix", "require"]
 
+PIECE_VALUES = 2 << 20  # of a matrix that are packed at a time
+
 
 class CudaKernelsUnavailableError(EngineError):
     """The CUDA kernels do not know a shape of this model, or cannot run on this machine."""
@@ -87,7 +89,7 @@ def pack_backbone(
         for layer in weights.layers
     ]
     return PackedBackbone(
-        embedding=dense_values(weights.embedding, device).to(dtype).contiguous(),
+        embedding=torch.cat([dense_values(piece, device).to(dtype) for piece in _pieces(weights.embedding)]),
         layers=layers,
         norm=norm(weights.norm),
         lm_head=replace(
@@ -99,13 +101,43 @@ def pack_backbone(
 def pack_matrix(
     matrices: Sequence[Weight], quantize: str, dtype: torch.dtype, device: str, *, gate_up: bool = False
 ) -> PackedLinear:
-    """Pack matrices over the same input as one; with `gate_up` the rows of the two alternate."""
+    """Pack matrices over the same input as one; with `gate_up` the rows of the two alternate.
+
+    It goes by pieces of rows, because a piece takes several times its values' memory on the way.
+    """
+    unit = 8 if gate_up else 16  # rows of each matrix that end with a tile
+    if any(matrix.shape[0] % unit for matrix in matrices):
+        groups = [list(matrices)]
+    elif gate_up:
+        groups = [list(group) for group in zip(*map(_pieces, matrices), strict=True)]
+    else:
+        groups = [[piece] for matrix in matrices for piece in _pieces(matrix)]
+    parts = [_pack_piece(group, quantize, dtype, device, gate_up) for group in groups]
+    return parts[0] if len(parts) == 1 else _joined(parts)
+
+
+def _pieces(weight: Weight) -> list[Weight]:
+    rows, columns = weight.shape
+    step = max(16, PIECE_VALUES // columns // 16 * 16)
+    return [weight.permute_rows(slice(start, start + step)) for start in range(0, rows, step)]
+
+
+def _pack_piece(
+    matrices: Sequence[Weight], quantize: str, dtype: torch.dtype, device: str, gate_up: bool
+) -> PackedLinear:
     values = [dense_values(matrix, device) for matrix in matrices]
     if quantize == "nf4":
         return pack_nf4([quantize_nf4(value) for value in values], dtype, gate_up=gate_up)
     if quantize == "int8":
         return pack_int8([Int8Weight.from_dense(value) for value in values], dtype, gate_up=gate_up)
     return replace(pack_dense(stack_rows(values, gate_up).to(dtype)), gate_up=gate_up)
+
+
+def _joined(parts: Sequence[PackedLinear]) -> PackedLinear:
+    """Put matrices below each other: rows lie in tiles of 16, one tile after the other."""
+    weights = torch.cat([part.weights.flatten() for part in parts])
+    scales = [part.scales.flatten() for part in parts if part.scales is not None]
+    return replace(parts[0], weights=weights, scales=torch.cat(scales) if scales else None, n=sum(p.n for p in parts))
 
 
 def dense_values(weight: Weight, device: str) -> Tensor:

@@ -9,6 +9,8 @@ import torch
 from cuda_emulator import COMPILER, load_emulated
 from torch.nn import functional as F
 
+from engine import cuda_weights
+from engine.block_weights import DenseWeight
 from engine.kernels import fused_ops, linear_config, nvrtc, reference
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.draft_ops import draft_tokens, gather_seen, silu_rows
@@ -252,6 +254,20 @@ def test_linear_epilogues(machine, dtype):
     one, two = (run_linear(x, gated, tried, workspace, load=load) for tried in (config, other))
     assert torch.equal(one, two)
     assert torch.equal(run_linear(x, weight, other, workspace, out=torch.empty_like(logits), load=load), logits)
+
+
+@pytest.mark.parametrize("quantize", ["nf4", "int8", "none"])
+@pytest.mark.parametrize(("sizes", "gate_up"), [((80, 16, 48), False), ((72, 72), True), ((20, 12), False)])
+def test_a_matrix_packed_by_pieces_has_the_bytes_of_the_whole(monkeypatch, quantize, sizes, gate_up):
+    matrices = [
+        DenseWeight(torch.randn(rows, 128, generator=torch.Generator().manual_seed(i))) for i, rows in enumerate(sizes)
+    ]
+    whole = cuda_weights.pack_matrix(matrices, quantize, torch.bfloat16, "cpu", gate_up=gate_up)
+    monkeypatch.setattr(cuda_weights, "PIECE_VALUES", 32 * 128)
+    pieces = cuda_weights.pack_matrix(matrices, quantize, torch.bfloat16, "cpu", gate_up=gate_up)
+    assert (pieces.n, pieces.k, pieces.gate_up) == (whole.n, whole.k, whole.gate_up) == (sum(sizes), 128, gate_up)
+    assert torch.equal(pieces.weights.flatten(), whole.weights.flatten())
+    assert whole.scales is None or torch.equal(pieces.scales.flatten(), whole.scales.flatten())
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
