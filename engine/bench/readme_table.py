@@ -57,10 +57,11 @@ def bench_of_others(report: Report) -> Iterator[Row]:
 def heads(report: Report) -> Iterator[Row]:
     """Rows of the heads' training."""
     where, command = f"{report['hardware'].split(',')[0]}, {report['date']}", "python -m engine.bench.train_heads"
-    steps = next(row for row in report["variants"] if row["variant"] == "path")["tokens_per_step"]
+    bundled = report["bundled"]
+    steps = bundled["tokens_per_step"]
     figure = " / ".join(f"{steps[size]:.2f}" for size in ("1", "2", "4", "8", "16", "63"))
     what = "tokens per step of the bundled heads with 1 / 2 / 4 / 8 / 16 / 63 drafted nodes, greedy, unseen prompts"
-    yield Row(what, figure, where, command)
+    yield Row(what, figure, f"{bundled['hardware']}, {bundled['date']}", command)
     kept = report["distillation"]["kept_tokens_per_second"]
     yield Row("self-made training text", f"{kept:,} kept tokens/s", where, command)
 
