@@ -273,12 +273,13 @@ def test_results_give_their_rows_and_links(tmp_path: Path) -> None:
         "hardware": "A card, driver 1",
         "date": "2026-01-02",
         "distillation": {"kept_tokens_per_second": 1234},
-        "variants": [{"variant": "paper", "tokens_per_step": {}}, {"variant": "path", "tokens_per_step": steps}],
+        "variants": [{"variant": "paper", "tokens_per_step": {}}],
+        "bundled": {"hardware": "Another card", "date": "2026-01-03", "tokens_per_step": steps},
     }
     (tmp_path / "train_heads_card.json").write_text(json.dumps(report))
     (tmp_path / "unknown.json").write_text("not even JSON")
     table = readme_table.figures_table(tmp_path)
-    assert "1.50 / 1.50" in table
+    assert "1.50 / 1.50 | Another card, 2026-01-03 |" in table
     assert "| 1,234 kept tokens/s | A card, 2026-01-02 |" in table
     assert "[results](engine/bench/results/train_heads_card.json)" in table
 
