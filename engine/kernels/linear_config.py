@@ -162,7 +162,7 @@ class LinearConfig:
         if self.resident:
             left_out |= {"depth", "prefetch", "cluster", "x_blocks", "wide_table"}
         else:
-            left_out |= {"row_loop"} if self.wgmma else {"row_loop", "cluster", "x_blocks", "wide_table"}
+            left_out |= {"row_loop", "prefetch"} if self.wgmma else {"row_loop", "cluster", "x_blocks", "wide_table"}
         named = {name: value for name, value in self.to_dict().items() if name not in left_out}
         if "row_loop" in named:
             named["row_loop"] = min(self.row_loop, 2)  # the source asks only whether there is a loop
