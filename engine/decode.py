@@ -13,6 +13,7 @@ from torch import Tensor, tensor
 
 from engine.accept import accept_exact, accept_typical
 from engine.draft import Draft, Drafter
+from engine.pruned_tree import PrunedTree, Tree
 from engine.records import DecodeStep
 from engine.runner import Runner
 from engine.sampler import Sampler
@@ -56,12 +57,11 @@ class DecodeLoop:
             self._root = self._runner.greedy(self._hidden.unsqueeze(0))[0]
         return self._root
 
-    def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
+    def steps(self, tree: Tree) -> Iterator[DecodeStep]:
         """Yield one record a step, without end; the caller decides when the answer is over."""
         while True:
             started = time.perf_counter()
-            fitting = self._fit(tree)
-            draft = self._draft(fitting)
+            fitting, draft = self._draft(self._fit(tree))
             hidden = self._runner.verify(draft.tokens, fitting)
             path, bonus = self._accept(fitting, draft, hidden)
             self._commit(path, bonus, hidden, draft.tokens)
@@ -75,10 +75,16 @@ class DecodeLoop:
                 duration_ms=(time.perf_counter() - started) * 1e3,
             )
 
-    def _draft(self, tree: CandidateTree) -> Draft:
-        if self._drafter is None or tree.num_drafted == 0:
-            return Draft([self._root], [1.0])
-        return self._drafter.draft(self._hidden, self._root, tree)
+    def _draft(self, tree: Tree) -> tuple[CandidateTree, Draft]:
+        """Return the tree to verify and its guesses: of a pruned one what this step keeps."""
+        filled = tree.filled if isinstance(tree, PrunedTree) else tree
+        if self._drafter is None or filled.num_drafted == 0:
+            return PLAIN, Draft([self._root], [1.0])
+        draft = self._drafter.draft(self._hidden, self._root, filled)
+        if not isinstance(tree, PrunedTree):
+            return filled, draft
+        kept = tree.kept(draft.probabilities)
+        return tree.tree_of(kept), Draft(*([part[node] for node in kept] for part in draft))
 
     def _accept(self, tree: CandidateTree, draft: Draft, hidden: Tensor) -> Verified:
         sampler, params = self._sampler, self._params
@@ -118,7 +124,7 @@ class DecodeLoop:
         tokens = tensor(above, dtype=torch.int64).to(logits.device)
         return logits, position, tokens, torch.ones_like(tokens, dtype=torch.bool).unsqueeze(0)
 
-    def _fit(self, tree: CandidateTree) -> CandidateTree:
+    def _fit(self, tree: Tree) -> Tree:
         """Fall back to the root alone where the tree would reach past the model's last position."""
         room = self._runner.config.max_positions - self._runner.num_committed
         return tree if tree.max_depth < room else PLAIN

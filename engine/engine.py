@@ -20,11 +20,11 @@ from engine.models.head_formats import Target, read_heads
 from engine.models.loader import LoadedModel, open_model
 from engine.models.tokenizer import ChatTokenizer
 from engine.nested_tree import NestedTree, tree_file
+from engine.pruned_tree import Tree
 from engine.records import DecodeStep, EngineInfo, GenerationChunk
 from engine.runner import Runner
 from engine.sampling import SamplingParams, draw_seed
 from engine.step_times import StepTimer, StepTimes, measure_step_times
-from engine.tree import CandidateTree
 from engine.tuning import Tuner, device_name, engine_version, load_or_measure
 
 __all__ = ["Engine"]
@@ -201,23 +201,23 @@ class Engine:
             seed=seed,
         )
 
-    def _learn(self, tree: CandidateTree, taken: Sequence[DecodeStep], params: SamplingParams) -> None:
+    def _learn(self, tree: Tree, taken: Sequence[DecodeStep], params: SamplingParams) -> None:
         """Let the tuner see an answer's steps: of exact acceptance what was accepted, of greedy ones the times too."""
         if self._tuner is None or not self.learns:
             return
         if tree.num_drafted and not params.is_typical:
-            self._tuner.learn(tree, [step.path for step in taken])
+            self._tuner.learn(tree, taken)
         if params.is_argmax:
             self._tuner.check_times(tree, [step.duration_ms for step in taken])
 
-    def _tree(self, params: SamplingParams) -> CandidateTree:
+    def _tree(self, params: SamplingParams) -> Tree:
         """Return the tree to draft: the root alone for plain decoding."""
         if not params.medusa or self._drafter is None:
             return self._trees.first(0)
         if params.tree_nodes is None and self._tuner:
             return self._tuner.tree
         wanted = params.tree_nodes or self._trees.default_nodes[self._runner.device]
-        return self._trees.first(min(wanted, self._runner.max_tree_nodes))
+        return self._trees.pruned(min(wanted, self._runner.max_tree_nodes))
 
     def _room(self, prompt_tokens: int, max_tokens: int) -> int:
         room = self._runner.config.max_positions - prompt_tokens

@@ -11,6 +11,7 @@ from statistics import median
 from typing import NamedTuple, Protocol
 
 from engine.nested_tree import NestedTree
+from engine.pruned_tree import Tree
 from engine.records import DecodeStep
 from engine.tree import CandidateTree
 
@@ -24,12 +25,12 @@ _WARM_STEPS, _WARM_MS = 4, 25.0  # the first steps after a prompt find caches an
 _STEPS, _TURN_MS = 9, 60.0  # timed steps of one size before the next one has its turn; either ends it
 _AT_LEAST = 3  # trees measured whatever it costs
 
-Measure = Callable[[CandidateTree], list[float]]  # milliseconds of a few steps
+Measure = Callable[[Tree], list[float]]  # milliseconds of a few steps
 
 
 class StepTimes(NamedTuple):
-    """Milliseconds a step by drafted nodes, in nested order, 0 being plain decoding; and what each depth takes of it
-    for its head's turn."""
+    """Milliseconds a step by drafted nodes, 0 being plain decoding; and what each depth takes of it for its head's
+    turn."""
 
     by_nodes: dict[int, float]
     per_depth: float
@@ -40,7 +41,7 @@ class Loop(Protocol):
 
     def prefill(self, tokens: Sequence[int]) -> int: ...
 
-    def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]: ...
+    def steps(self, tree: Tree) -> Iterator[DecodeStep]: ...
 
 
 class StepTimer:
@@ -61,7 +62,7 @@ class StepTimer:
         self._prompt, self._warm_steps = list(prompt), warm_steps
         self._is_filled = False
 
-    def __call__(self, tree: CandidateTree) -> list[float]:
+    def __call__(self, tree: Tree) -> list[float]:
         """Return the milliseconds of a few steps with `tree`."""
         loop = self._loop(tree.num_drafted > 0)
         self._fill()
@@ -105,11 +106,11 @@ def measure_step_times(
     first three trees; when it is spent no further one is begun, and larger ones are then missing. Times never fall with
     size: where noise says so, the smaller tree gets the larger one's time.
     """
-    nested = [trees.first(size) for size in SIZES if size <= min(len(trees.order), max_nodes)]
+    nested = [trees.pruned(size) for size in SIZES if size <= min(len(trees.order), max_nodes)]
     deep, flat = _deep_and_flat(min(trees.max_depth, max_nodes))
     started = clock()
-    turns: dict[CandidateTree, list[float]] = {}
-    every = list(dict.fromkeys([*nested[:_AT_LEAST], deep, flat, *nested]))
+    turns: dict[Tree, list[float]] = {}
+    every: list[Tree] = list(dict.fromkeys([*nested[:_AT_LEAST], deep, flat, *nested]))
     for turn in range(_ROUNDS):
         for tree in every if turn == 0 else list(turns):
             if len(turns) >= _AT_LEAST and clock() - started > budget_s:
@@ -130,7 +131,7 @@ def _deep_and_flat(depth: int) -> tuple[CandidateTree, CandidateTree]:
 
 
 def _per_depth(
-    lowest: dict[CandidateTree, float], deep: CandidateTree, flat: CandidateTree, by_nodes: dict[int, float]
+    lowest: dict[Tree, float], deep: CandidateTree, flat: CandidateTree, by_nodes: dict[int, float]
 ) -> float:
     """Return a depth's share of the deep tree's time, and 0 where it was not measured.
 

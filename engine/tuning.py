@@ -1,9 +1,9 @@
 """Which candidate tree pays on this machine: measured step times against the tokens that each tree brings.
 
-To choose from are the first n nodes of one order that are no deeper than d, as a depth costs a head's turn whatever its
-nodes are worth: of each n and d one tree, and of these the one with the most tokens a second. Step times are measured
-once and kept; tokens per step come from the heads' calibration and, more and more, from the answers given here. Where
-no tree beats plain decoding the choice is 0 nodes. Texts never depend on it.
+To choose from are trees of n nodes that are no deeper than d, as a depth costs a head's turn whatever its nodes are
+worth: of each n and d one tree, and of these the one with the most tokens a second. Step times are measured once and
+kept; tokens per step come from the heads' calibration and, more and more, from the answers given here. Where no tree
+beats plain decoding the choice is 0 nodes. Texts never depend on it.
 """
 
 import contextlib
@@ -11,8 +11,7 @@ import hashlib
 import json
 import os
 import platform
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from itertools import pairwise
 from pathlib import Path
@@ -23,39 +22,17 @@ import torch
 
 from engine.kernels.nvrtc import cache_folder
 from engine.nested_tree import NestedTree
+from engine.pruned_tree import Tree
+from engine.records import DecodeStep
+from engine.seen_steps import SeenSteps
 from engine.step_times import StepTimes
-from engine.tree import CandidateTree
 
-__all__ = ["Seen", "Tuner", "TuningFile", "device_name", "engine_version", "load_or_measure"]
+__all__ = ["Tuner", "TuningFile", "device_name", "engine_version", "load_or_measure"]
 
 _MIN_GAIN = 1.02  # below it a gain is noise, and a change of tree too
 _PRIOR_STEPS = 2000.0  # what the calibration weighs, in steps seen
-_ANSWER_STEPS = 200.0  # what one answer may weigh: an odd chat moves a figure by less than a tenth
-_MOST_STEPS = 8000.0  # what all answers together may weigh; older ones fade
 _STEPS_TO_JUDGE, _BUSY = 16, 0.7  # an answer of so many steps that needs less than this share of the measured time
 _ENOUGH_STEPS = 500.0  # without a calibration a node counts only after so many steps
-
-NodePath = tuple[int, ...]  # node indices of one step's accepted path
-
-
-@dataclass
-class Seen:
-    """For each place in the nested order: in how many steps it was in the tree, and in how many it was accepted."""
-
-    steps: list[float] = field(default_factory=list)
-    accepted: list[float] = field(default_factory=list)
-
-    def add(self, accepted: Mapping[int, float], steps: float) -> None:
-        """Add one answer's counts by the places of its tree's nodes, each weighed down to what an answer may weigh."""
-        weight = min(1.0, _ANSWER_STEPS / steps) if steps else 0.0
-        missing = max(0, 1 + max(accepted, default=-1) - len(self.steps))
-        self.steps += [0.0] * missing
-        self.accepted += [0.0] * missing
-        for place, count in accepted.items():
-            total = self.steps[place] + weight * steps
-            fade = min(1.0, _MOST_STEPS / total) if total else 1.0
-            self.steps[place] = total * fade
-            self.accepted[place] = (self.accepted[place] + weight * count) * fade
 
 
 class TuningFile:
@@ -64,23 +41,22 @@ class TuningFile:
     def __init__(self, path: Path) -> None:
         self.path = path
 
-    def read(self) -> tuple[StepTimes, Seen] | None:
+    def read(self) -> tuple[StepTimes, SeenSteps] | None:
         try:
             content = json.loads(self.path.read_text())
             by_nodes = {int(size): float(ms) for size, ms in content["step_ms"].items()}
             times = StepTimes(by_nodes, float(content["depth_ms"]))
-            seen = Seen([float(x) for x in content["seen_steps"]], [float(x) for x in content["seen_accepted"]])
+            seen = SeenSteps.of_json(content["seen"])
         except (OSError, ValueError, KeyError, TypeError, AttributeError):
             return None
         is_sound = 0 in by_nodes and min(by_nodes.values()) > 0 and times.per_depth >= 0
-        return (times, seen) if is_sound and len(seen.steps) == len(seen.accepted) else None
+        return (times, seen) if is_sound else None
 
-    def write(self, times: StepTimes, seen: Seen) -> None:
+    def write(self, times: StepTimes, seen: SeenSteps) -> None:
         content = {
             "step_ms": times.by_nodes,
             "depth_ms": times.per_depth,
-            "seen_steps": [round(count, 2) for count in seen.steps],
-            "seen_accepted": [round(count, 2) for count in seen.accepted],
+            "seen": seen.to_json(),
         }
         unfinished = self.path.with_suffix(f".{os.getpid()}.part")
         try:
@@ -105,15 +81,15 @@ class Tuner:
         times: StepTimes,
         *,
         default_nodes: int,
-        seen: Seen | None = None,
+        seen: SeenSteps | None = None,
         file: TuningFile | None = None,
     ) -> None:
         self._trees, self._times, self._default_nodes = trees, times, default_nodes
-        self._seen, self._file = seen or Seen(), file
-        self._place = {choice: place for place, choice in enumerate(trees.order)}
+        self._seen, self._file = seen or SeenSteps(), file
         self._step_ms = self._candidates()
-        self._tokens: dict[CandidateTree, float] = {}
-        self.tree = self._plain = trees.first(0)
+        self._tokens: dict[Tree, float] = {}
+        self._plain: Tree = trees.first(0)
+        self.tree = self._plain
         self._choose(first=True)
 
     @property
@@ -122,27 +98,20 @@ class Tuner:
         return len(self._tokens) > 1
 
     @property
-    def best(self) -> CandidateTree:
+    def best(self) -> Tree:
         """The tree with the most tokens a second, also where plain decoding has more; the default if none is known."""
         drafting = [tree for tree in self._tokens if tree.num_drafted]
-        return max(drafting, key=self._gain) if drafting else self._trees.first(self._default_nodes)
+        return max(drafting, key=self._gain) if drafting else self._trees.pruned(self._default_nodes)
 
-    def learn(self, tree: CandidateTree, paths: Iterable[NodePath]) -> None:
-        """Take note of one answer's steps with `tree` (exact acceptance): each step's accepted path, root first."""
-        places, steps = [self._place[choice] for choice in tree.choices], 0
-        accepted = dict.fromkeys(places, 0.0)
-        for path in paths:
-            steps += 1
-            for node in path[1:]:
-                accepted[places[node - 1]] += 1
-        if not steps or not accepted:
+    def learn(self, tree: Tree, steps: Sequence[DecodeStep]) -> None:
+        """Take note of one answer's steps with `tree` (exact acceptance)."""
+        if not self._seen.add(steps, tree.max_depth):
             return
-        self._seen.add(accepted, steps)
         self._choose()
         if self._file is not None:
             self._file.write(self._times, self._seen)
 
-    def check_times(self, tree: CandidateTree, step_ms: Sequence[float]) -> None:
+    def check_times(self, tree: Tree, step_ms: Sequence[float]) -> None:
         """Compare an answer's steps with what was measured: far faster ones tell that the machine was busy then.
 
         The next start will measure again.
@@ -172,31 +141,30 @@ class Tuner:
             "expected_gain": round(self._gain(self.tree), 3) if self.is_known and self.tree in self._tokens else None,
         }
 
-    def _shown_last(self, tree: CandidateTree) -> tuple[int, bool, float, int]:
+    def _shown_last(self, tree: Tree) -> tuple[int, bool, float, int]:
         """Sort by nodes, and among as many the one to show last: the choice, or the best, or the deepest."""
         return tree.num_drafted, tree == self.tree, self._gain(tree) if tree in self._tokens else 0.0, tree.max_depth
 
-    def _candidates(self) -> dict[CandidateTree, float]:
-        """Return all trees to choose from, with their milliseconds a step: those of as many nodes in nested order, less
+    def _candidates(self) -> dict[Tree, float]:
+        """Return all trees to choose from, with their milliseconds a step: those of as many nodes of any depth, less
         the depths that are left out."""
-        found: dict[CandidateTree, float] = {}
+        found: dict[Tree, float] = {}
         by_nodes, per_depth = self._times
         for nodes, ms in by_nodes.items():
-            nested = self._trees.first(nodes)
-            for depth in range(nested.max_depth + 1):
-                tree = self._trees.first(nodes, depth)
+            deepest = self._trees.pruned(nodes)
+            for depth in range(deepest.max_depth + 1):
+                tree = self._trees.pruned(nodes, depth)
                 if tree.num_drafted == nodes:
-                    found[tree] = max(by_nodes[0], ms - per_depth * (nested.max_depth - tree.max_depth))
+                    found[tree] = max(by_nodes[0], ms - per_depth * (deepest.max_depth - tree.max_depth))
         return found
 
     def _choose(self, first: bool = False) -> None:
         chances = self._chances()
-        places = {tree: [self._place[choice] for choice in tree.choices] for tree in self._step_ms}
-        self._tokens = {
-            tree: 1.0 + sum(chances[place] for place in nodes)
-            for tree, nodes in places.items()
-            if chances.keys() >= set(nodes)
-        }
+        self._tokens = {self._plain: 1.0}
+        for tree in self._step_ms:
+            known = chances[tree.max_depth - 1][: tree.num_drafted] if tree.max_depth <= len(chances) else []
+            if tree.num_drafted == len(known):
+                self._tokens[tree] = 1.0 + sum(known)
         if not self.is_known:
             self.tree = self.best
         elif self._gain(self.best) < _MIN_GAIN:
@@ -204,7 +172,7 @@ class Tuner:
         elif first or self.tree not in self._tokens or self._gain(self.best) > _MIN_GAIN * self._gain(self.tree):
             self.tree = self.best
 
-    def _gain(self, tree: CandidateTree) -> float:
+    def _gain(self, tree: Tree) -> float:
         """Speed with a candidate over plain decoding's."""
         return self._tokens[tree] * self._step_ms[self._plain] / self._step_ms[tree]
 
@@ -218,7 +186,7 @@ class Tuner:
             return f"{self._worth(self.tree)}."
         return f"No tree pays here, so decoding is plain. The best: {self._worth(self.best)}."
 
-    def _worth(self, tree: CandidateTree) -> str:
+    def _worth(self, tree: Tree) -> str:
         nodes = f"{tree.num_drafted} drafted nodes, at most {tree.max_depth} deep, bring"
         return (
             f"{'1 drafted node brings' if tree.num_drafted == 1 else nodes} {self._tokens[tree]:.2f} tokens a step for "
@@ -226,25 +194,32 @@ class Tuner:
             f"{self._gain(tree):.2f}x the speed"
         )
 
-    def _chances(self) -> dict[int, float]:
-        """How likely each node is accepted, by its place in the nested order, as far as it is known."""
-        prior = [after - before for before, after in pairwise(self._trees.expected)]
-        seen = {
-            place: (steps, count)
-            for place, (steps, count) in enumerate(zip(self._seen.steps, self._seen.accepted, strict=True))
-            if steps > 0
-        }
-        if not prior:
+    def _chances(self) -> list[list[float]]:
+        """How likely the first, second, ... likeliest node of a step is accepted, by depth, as far as it is known."""
+        if not self._trees.expected:
             enough = _ENOUGH_STEPS * 0.999  # fading rounds
-            return {place: count / steps for place, (steps, count) in seen.items() if steps >= enough}
+            return [
+                [count / steps for steps, count in zip(row.steps, row.accepted, strict=True) if steps >= enough]
+                for row in self._seen.depths
+            ]
+        priors = [[max(0.0, after - before) for before, after in pairwise(row)] for row in self._trees.expected]
         blended = {
-            place: (_PRIOR_STEPS * prior[place] + count) / (_PRIOR_STEPS + steps)
-            for place, (steps, count) in seen.items()
-            if place < len(prior)
+            (depth, place): (_PRIOR_STEPS * priors[depth][place] + count) / (_PRIOR_STEPS + steps)
+            for depth, place, steps, count in self._counts()
+            if depth < len(priors) and place < len(priors[depth])
         }
-        calibrated = sum(prior[place] for place in blended)
-        scale = sum(blended.values()) / calibrated if calibrated > 0 else 1.0
-        return {place: blended.get(place, scale * chance) for place, chance in enumerate(prior)}  # unseen: as the seen
+        calibrated = sum(priors[depth][place] for depth, place in blended)
+        scale = sum(blended.values()) / calibrated if calibrated > 0 else 1.0  # for what is unseen
+        return [
+            [blended.get((depth, place), scale * chance) for place, chance in enumerate(row)]
+            for depth, row in enumerate(priors)
+        ]
+
+    def _counts(self) -> Iterator[tuple[int, int, float, float]]:
+        """Give each depth (from 0) and place with the steps that had such a node, and those that accepted it."""
+        for depth, row in enumerate(self._seen.depths):
+            for place, (steps, count) in enumerate(zip(row.steps, row.accepted, strict=True)):
+                yield depth, place, steps, count
 
 
 def load_or_measure(
@@ -260,7 +235,7 @@ def load_or_measure(
     file = TuningFile((folder or cache_folder()) / f"tree-{key}.json")
     kept = file.read()
     if kept is None:
-        kept = measure(), Seen()
+        kept = measure(), SeenSteps()
         file.write(*kept)
     times, seen = kept
     return Tuner(trees, times, default_nodes=default_nodes, seen=seen, file=file)
