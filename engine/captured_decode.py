@@ -14,10 +14,10 @@ from engine.cuda_drafter import CudaDrafter
 from engine.cuda_runner import CudaRunner, StepOutput
 from engine.decode import PLAIN, DecodeLoop
 from engine.draft import Drafter
+from engine.pruned_tree import Tree
 from engine.records import DecodeStep
 from engine.runner import Runner
 from engine.sampling import SamplingParams
-from engine.tree import CandidateTree
 
 __all__ = ["CapturedLoop", "make_loop"]
 
@@ -56,11 +56,11 @@ class CapturedLoop:
         self._runner.set_root(root)
         return root
 
-    def steps(self, tree: CandidateTree) -> Iterator[DecodeStep]:
+    def steps(self, tree: Tree) -> Iterator[DecodeStep]:
         """Yield one record a step, without end; the caller decides when the answer is over."""
         drafter = self._drafter if tree.num_drafted else None
         limit = self._runner.config.max_positions
-        under_way: deque[tuple[CandidateTree, StepOutput]] = deque()
+        under_way: deque[tuple[Tree, StepOutput]] = deque()
         read_at = time.perf_counter()
         while True:
             while len(under_way) < _AHEAD:
@@ -71,17 +71,17 @@ class CapturedLoop:
                 chosen = tree if fits else PLAIN
                 output = self._runner.step(chosen, drafter if fits else None, longest=longest, chooser=self._chooser)
                 under_way.append((chosen, output))
-            chosen, output = under_way.popleft()
-            record, tokens, chances = output.wait()
+            _, output = under_way.popleft()
+            record, verified, draft = output.wait()
             self._runner.arrived(record)
             before, read_at = read_at, time.perf_counter()
             yield DecodeStep(
                 tokens=(*record.tokens[1:], record.bonus),
                 num_accepted=record.num_accepted,
                 path=tuple(record.path),
-                node_tokens=tuple(tokens),
-                node_parents=chosen.parents,
-                node_probabilities=tuple(chances),
+                node_tokens=tuple(draft.tokens),
+                node_parents=verified.parents,
+                node_probabilities=tuple(draft.probabilities),
                 duration_ms=(read_at - before) * 1e3,
             )
 

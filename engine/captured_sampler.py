@@ -12,7 +12,7 @@ from torch import Tensor
 
 from engine.accept import typical_threshold
 from engine.cuda_memory import StepMemory
-from engine.cuda_plan import TreePlan
+from engine.cuda_plan import VerifiedNodes
 from engine.kernels.fused_ops import LENGTH, MAX_PATH, NUM_ACCEPTED, PATH_TOKENS
 from engine.sampler import Kind, Sampler
 from engine.sampling import SamplingParams
@@ -51,15 +51,15 @@ class StepChooser:
         arguments = (part.to(logits.device) for part in (torch.tensor([position]), none, nowhere))
         return int(self.sampler.choose(logits, *arguments))
 
-    def launch(self, logits: Tensor, plan: TreePlan) -> Tensor:
+    def launch(self, logits: Tensor, nodes: VerifiedNodes) -> Tensor:
         """Return the token to follow at each node, as the keys that the accepting kernel reads: int64 [nodes, 1]."""
-        tokens = self._memory.tokens[: plan.num_nodes].long()
-        positions = self._memory.record[LENGTH] + plan.depth.long() + 1
-        chosen = self.sampler.choose(logits, positions, tokens, plan.is_above)
+        tokens, is_above = nodes.tokens.long(), nodes.is_above
+        positions = self._memory.record[LENGTH] + nodes.depth.long() + 1
+        chosen = self.sampler.choose(logits, positions, tokens, is_above)
         if self.kind.is_typical:
-            chances = self.sampler.probabilities(logits, tokens, plan.is_above)
+            chances = self.sampler.probabilities(logits, tokens, is_above)
             thresholds = typical_threshold(chances, self._epsilon, self._delta)
-            chosen = typical_targets(chances, thresholds, tokens, chosen, plan.parents.long(), plan.is_above)
+            chosen = typical_targets(chances, thresholds, tokens, chosen, nodes.parents.long(), is_above)
         return (0xFFFFFFFF - chosen).unsqueeze(1)
 
     def note_accepted(self) -> None:

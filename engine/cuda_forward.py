@@ -15,6 +15,7 @@ from engine.cuda_plan import TreePlan
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
 from engine.kernels.draft_guesses import Unsettled, embed_guessed
+from engine.kernels.draft_prune import embed_likeliest
 from engine.kernels.linear_config import MAX_PLACES
 from engine.kernels.linear_inputs import Norm
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear
@@ -40,18 +41,22 @@ class Forward:
     def tree(self, plan: TreePlan, unsettled: Unsettled | None = None) -> None:
         """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token.
 
-        The tree's last guesses may be `unsettled`; they are not afterwards.
+        The tree's last guesses may be `unsettled`; they are not afterwards. Of a pruned tree the kept nodes are run.
         """
-        memory, rows = self._memory, plan.num_nodes
+        memory, nodes = self._memory, plan.verified
+        rows = nodes.num_nodes
         keys, values = memory.scratch(rows)
 
         def attend(layer: int, qkv: Tensor) -> None:
             cache = memory.cache_keys[layer], memory.cache_values[layer]
-            self._attend(qkv, memory.record, plan.depth, plan.ancestor_at, cache, (keys[layer], values[layer]))
+            self._attend(qkv, memory.record, nodes.depth, nodes.ancestor_at, cache, (keys[layer], values[layer]))
 
         table, x = self._weights.embedding, memory.x[:rows]
-        if unsettled is None:
-            fused_ops.embed_tokens(memory.tokens[:rows], table, memory.record, x, load=self._load)
+        if plan.kept is not None:
+            filled, shape = plan.filled, (plan.depth, plan.ancestor_at)
+            embed_likeliest(filled, *shape, plan.kept, table, memory.record, x, unsettled=unsettled, load=self._load)
+        elif unsettled is None:
+            fused_ops.embed_tokens(nodes.tokens, table, memory.record, x, load=self._load)
         else:
             embed_guessed(unsettled, table, memory.record, x, load=self._load)
         self._layers(rows, attend)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from engine.backbone import BackboneConfig
+from engine.kernels.draft_prune import KeptTables
 from engine.kernels.fused_ops import LENGTH, RECORD_SIZE, rotary_angles
 from engine.kernels.linear_config import MAX_PLACES
 from engine.kernels.tree_attention import AttentionShape, AttentionWorkspace
@@ -16,13 +17,14 @@ __all__ = ["MAX_ROWS", "StepMemory", "roomy"]
 
 MAX_ROWS = 64
 CACHE_STEP = 1024  # rows by which the cache grows: capturing again takes longer than copying
-OUTBOX_SIZE = RECORD_SIZE + 2 * MAX_ROWS
+OUTBOX_SIZE = RECORD_SIZE + 3 * MAX_ROWS
 
 
 class StepMemory:
     """Buffers of one sequence, named after what they hold.
 
-    `outbox` int32 is all that the host reads after a step: `record`, the nodes' `tokens` and their `chances`.
+    `outbox` int32 is all that the host reads after a step: `record`, the drafted nodes' `tokens` and their `chances`, and
+    which of them were `kept`, where not all were verified.
     """
 
     cache_keys: Tensor  # [layers, kv_heads, capacity, head_dim]
@@ -34,8 +36,9 @@ class StepMemory:
         self.outbox = torch.zeros(OUTBOX_SIZE, dtype=torch.int32, device=device)
         self.record = self.outbox[:RECORD_SIZE]
         self.tokens = self.outbox[RECORD_SIZE : RECORD_SIZE + MAX_ROWS]
-        self.chances = self.outbox[RECORD_SIZE + MAX_ROWS :].view(torch.float32)
+        self.chances = self.outbox[RECORD_SIZE + MAX_ROWS : RECORD_SIZE + 2 * MAX_ROWS].view(torch.float32)
         self.chances.fill_(1.0)  # the root's stays
+        self.kept = KeptTables.empty(self.outbox[RECORD_SIZE + 2 * MAX_ROWS :])
         self.span = torch.zeros(1, dtype=torch.int32, device=device)  # where the prompt's chunk ends
         self.chunk_tokens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
@@ -104,7 +107,8 @@ class StepMemory:
         """Bytes of everything but the cache."""
         tensors = [value for value in vars(self).values() if isinstance(value, Tensor)]
         owned = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
-        others = sum(tensor.nbytes for tensor in (*self._scratch, *self._outgrown)) + self.attention.num_bytes
+        others = sum(tensor.nbytes for tensor in (*self._scratch, *self._outgrown))
+        others += self.attention.num_bytes + self.kept.num_bytes
         return sum(owned.values()) + others - self.cache_bytes
 
     def _rows(self, *width: int) -> Tensor:

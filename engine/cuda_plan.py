@@ -6,10 +6,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from engine.cuda_memory import StepMemory
+from engine.kernels.draft_guesses import Guessed
+from engine.kernels.draft_prune import KeptTables
 from engine.kernels.tree_attention import ancestor_table
-from engine.tree import CandidateTree
+from engine.pruned_tree import PrunedTree, Tree
 
-__all__ = ["Round", "TreePlan"]
+__all__ = ["Round", "TreePlan", "VerifiedNodes"]
 
 
 @dataclass(frozen=True)
@@ -26,20 +29,44 @@ class Round:
         return len(self.row_nodes)
 
 
-class TreePlan:
-    """Tables int32 [nodes] (ancestor_at [nodes, 16], is_above bool [nodes, nodes]) of one tree on one device.
+@dataclass(frozen=True)
+class VerifiedNodes:
+    """What a step's launches read of the nodes that it verifies: int32 [nodes], ancestor_at [nodes, 16] as
+    `ancestor_table`, and is_above bool [nodes, nodes]."""
 
-    Where heads do not see the path, all nodes of a depth share one row.
+    tokens: Tensor
+    depth: Tensor
+    parents: Tensor
+    ancestor_at: Tensor
+    is_above: Tensor
+
+    @property
+    def num_nodes(self) -> int:
+        return len(self.tokens)
+
+
+class TreePlan:
+    """Tables of one tree over a step's memory: of the nodes that the heads fill, and of those that are `verified`.
+
+    Int32 [nodes], ancestor_at [nodes, 16]. All nodes are verified, or of a pruned tree those that a launch keeps (`kept`,
+    None otherwise). Where heads do not see the path, all nodes of a depth share one row.
     """
 
-    def __init__(self, tree: CandidateTree, device: torch.device | str, *, sees_path: bool) -> None:
-        self.tree = tree
+    def __init__(self, given: Tree, memory: StepMemory, *, sees_path: bool) -> None:
+        device = memory.device
+        self.given = given
+        self.tree = tree = given.filled if isinstance(given, PrunedTree) else given
         self.num_nodes = tree.num_nodes
         self.depth = tree.depth.int().to(device)
-        self.parents = _int32(tree.parents, device)
         self.rank = tree.rank.int().to(device)
         self.ancestor_at = ancestor_table(tree.ancestors, tree.depth).to(device)
-        self.is_above = tree.ancestors.to(device)
+        self.kept: KeptTables | None = None
+        if isinstance(given, PrunedTree):
+            self.kept = kept = memory.kept.of(given.num_nodes)
+            self.verified = VerifiedNodes(kept.tokens, kept.depth, kept.parents, kept.ancestor_at, kept.is_above)
+        else:
+            parents, tokens = _int32(tree.parents, device), memory.tokens[: tree.num_nodes]
+            self.verified = VerifiedNodes(tokens, self.depth, parents, self.ancestor_at, tree.ancestors.to(device))
         depths = tree.depth.tolist()
         rows = [0] * tree.num_nodes
         rounds = []
@@ -52,6 +79,7 @@ class TreePlan:
             rounds.append(Round(head, _int32(parents, device), nodes, guesses))
         self.row_of = _int32(rows, device)
         self.rounds = tuple(rounds)
+        self.filled = Guessed(self.row_of, self.rank, memory.tokens, memory.chances, range(1, tree.num_nodes))
 
 
 def _int32(values: Sequence[int], device: torch.device | str) -> Tensor:

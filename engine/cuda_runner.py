@@ -17,14 +17,17 @@ from engine.cuda_forward import CHUNKS, Forward
 from engine.cuda_graphs import GraphCache
 from engine.cuda_linear import Choose, LinearBank, choose_default
 from engine.cuda_memory import MAX_ROWS, OUTBOX_SIZE, StepMemory
-from engine.cuda_plan import TreePlan
+from engine.cuda_plan import TreePlan, VerifiedNodes
 from engine.cuda_weights import PackedBackbone
+from engine.draft import Draft
 from engine.errors import ContextLengthError
 from engine.kernels import fused_ops
 from engine.kernels.draft_guesses import Unsettled
+from engine.kernels.draft_prune import can_prune_unsettled
 from engine.kernels.fused_ops import BONUS, NUM_ACCEPTED, OLD_LENGTH, PATH, StepRecord
 from engine.kernels.nvrtc import load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
+from engine.pruned_tree import PrunedTree, Tree
 from engine.tree import CandidateTree
 
 __all__ = ["WARM_ROWS", "CudaRunner", "StepOutput"]
@@ -40,6 +43,8 @@ class LaunchesDrafts(Protocol):
 
     def launch(self, plan: TreePlan) -> Unsettled | None: ...
 
+    def settle(self, unsettled: Unsettled) -> None: ...
+
     def prepare(self, plan: TreePlan) -> None: ...
 
 
@@ -49,7 +54,7 @@ class ChoosesTokens(Protocol):
     @property
     def kind(self) -> Hashable: ...
 
-    def launch(self, logits: Tensor, plan: TreePlan) -> Tensor: ...
+    def launch(self, logits: Tensor, nodes: VerifiedNodes) -> Tensor: ...
 
     def note_accepted(self) -> None: ...
 
@@ -57,17 +62,21 @@ class ChoosesTokens(Protocol):
 class StepOutput:
     """A step's outbox on its way to the host."""
 
-    def __init__(self, numbers: Tensor, arrived: torch.cuda.Event | None, num_nodes: int) -> None:
-        self._numbers, self._arrived, self._num_nodes = numbers, arrived, num_nodes
+    def __init__(self, numbers: Tensor, arrived: torch.cuda.Event | None, tree: Tree) -> None:
+        self._numbers, self._arrived, self._tree = numbers, arrived, tree
 
-    def wait(self) -> tuple[StepRecord, list[int], list[float]]:
-        """Return the record, and the tokens and probabilities of the nodes, once the step is done."""
+    def wait(self) -> tuple[StepRecord, CandidateTree, Draft]:
+        """Return the record, the verified tree and its nodes' guesses, once the step is done."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        first, middle = fused_ops.RECORD_SIZE, fused_ops.RECORD_SIZE + MAX_ROWS
-        chances = self._numbers[middle : middle + self._num_nodes].view(torch.float32).tolist()
-        numbers = self._numbers[: first + self._num_nodes].tolist()
-        return StepRecord(numbers[:first]), numbers[first:], chances
+        tree = self._tree
+        filled = tree.filled if isinstance(tree, PrunedTree) else tree
+        record, tokens, chances, nodes = self._numbers.split([fused_ops.RECORD_SIZE, *[MAX_ROWS] * 3])
+        draft = Draft(tokens[: filled.num_nodes].tolist(), chances[: filled.num_nodes].view(torch.float32).tolist())
+        if isinstance(tree, PrunedTree):
+            kept = tuple(nodes[: tree.num_nodes].tolist())
+            filled, draft = tree.tree_of(kept), Draft(*([part[node] for node in kept] for part in draft))
+        return StepRecord(record.tolist()), filled, draft
 
 
 class CudaRunner:
@@ -93,7 +102,7 @@ class CudaRunner:
         self.graphs = GraphCache(device)
         self._packed = weights
         self._forward = Forward(weights, self.memory, self.linear, config.rms_norm_eps, load)
-        self._plans: dict[tuple[CandidateTree, LaunchesDrafts | None], TreePlan] = {}
+        self._plans: dict[tuple[Tree, LaunchesDrafts | None], TreePlan] = {}
         self._verified: TreePlan | None = None
         self._length = 0
         self._mailboxes = [_mailbox(device) for _ in range(2)]
@@ -194,13 +203,14 @@ class CudaRunner:
         """Make a token the next tree's root."""
         self.memory.record[BONUS : BONUS + 1].fill_(token)
 
-    def plan(self, tree: CandidateTree, drafter: LaunchesDrafts | None) -> TreePlan:
+    def plan(self, tree: Tree, drafter: LaunchesDrafts | None) -> TreePlan:
         """Return the tables of a tree, with every launch that they need prepared."""
         key = (tree, drafter)
         if key not in self._plans:
-            if tree.num_nodes > MAX_ROWS:
-                raise ValueError(f"A tree of {tree.num_nodes} nodes; a step on this device has up to {MAX_ROWS}.")
-            self._plans[key] = TreePlan(tree, self.device, sees_path=drafter is not None and drafter.sees_path)
+            most = tree.filled.num_nodes if isinstance(tree, PrunedTree) else tree.num_nodes
+            if most > MAX_ROWS:
+                raise ValueError(f"A tree of {most} nodes; a step on this device has up to {MAX_ROWS}.")
+            self._plans[key] = TreePlan(tree, self.memory, sees_path=drafter is not None and drafter.sees_path)
             self.linear.prepare(self._packed.matrices, tree.num_nodes)
             if drafter is not None:
                 drafter.prepare(self._plans[key])
@@ -208,7 +218,7 @@ class CudaRunner:
 
     def step(
         self,
-        tree: CandidateTree,
+        tree: Tree,
         drafter: LaunchesDrafts | None,
         *,
         longest: int,
@@ -222,7 +232,7 @@ class CudaRunner:
         plan = self.plan(tree, drafter)
         key = ("step", tree, drafter) if chooser is None else ("step", tree, drafter, chooser, chooser.kind)
         self.graphs.run(key, lambda: self._launch_step(plan, drafter, chooser))
-        return self._post(plan.num_nodes)
+        return self._post(tree)
 
     def forget_steps(self) -> None:
         """Give back the memory of captured steps; those that are run again are captured again."""
@@ -235,15 +245,20 @@ class CudaRunner:
     def _launch_step(
         self, plan: TreePlan, drafter: LaunchesDrafts | None, chooser: ChoosesTokens | None = None
     ) -> None:
-        memory, rows = self.memory, plan.num_nodes
+        memory, nodes = self.memory, plan.verified
+        rows = nodes.num_nodes
         unsettled = drafter.launch(plan) if drafter is not None and plan.rounds else None
+        if drafter is not None and unsettled is not None and plan.kept and not can_prune_unsettled(unsettled):
+            drafter.settle(unsettled)
+            unsettled = None
         self._forward.tree(plan, unsettled)
         if chooser is None:
             keys = self._forward.best_of_tree(rows)
         else:
-            keys = chooser.launch(self._forward.score_tree(rows), plan)
-        tokens = memory.tokens[:rows]
-        fused_ops.accept_greedy(keys, tokens, plan.parents, memory.record, table=self.embedding, load=self.load)
+            keys = chooser.launch(self._forward.score_tree(rows), nodes)
+        fused_ops.accept_greedy(
+            keys, nodes.tokens, nodes.parents, memory.record, table=self.embedding, load=self.load
+        )
         if chooser is not None:
             chooser.note_accepted()
         self._launch_commit(plan)
@@ -253,21 +268,21 @@ class CudaRunner:
         self._forward.finish_tree(plan.num_nodes)
 
     def _launch_commit(self, plan: TreePlan) -> None:
-        memory, rows = self.memory, plan.num_nodes
+        memory, rows = self.memory, plan.verified.num_nodes
         cache = memory.cache_keys, memory.cache_values
         hidden = memory.hidden[:rows]
         fused_ops.commit_path(
             *memory.scratch(rows), *cache, memory.record, hidden=hidden, state=memory.state, load=self.load
         )
 
-    def _post(self, num_nodes: int) -> StepOutput:
+    def _post(self, tree: Tree) -> StepOutput:
         """Send the outbox to the host, to one of two places by turns: one step may run while another is read."""
         numbers, arrived = self._mailboxes[self._num_steps % 2]
         self._num_steps += 1
         numbers.copy_(self.memory.outbox, non_blocking=True)
         if arrived is not None:
             arrived.record()
-        return StepOutput(numbers, arrived, num_nodes)
+        return StepOutput(numbers, arrived, tree)
 
     def _reserve(self, rows: int) -> None:
         if self.memory.grow(rows):

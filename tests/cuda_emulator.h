@@ -244,6 +244,7 @@ inline u64 atomicAdd(u64* p, u64 v) { u64 old = *p; *p += v; return old; }
 inline int __float2int_rn(float x) { return (int)std::max(-2147483648.0, std::min(2147483647.0, (double)rintf(x))); }
 template <typename T> T __shfl_xor_sync(u32, T v, int mask) { return emulator::exchanged(v, (threadIdx.x % 32) ^ mask); }
 template <typename T> T __shfl_sync(u32, T v, int lane) { return emulator::exchanged(v, lane); }
+inline int __popc(u32 v) { return __builtin_popcount(v); }
 inline u32 __ballot_sync(u32, bool v) {
     u32 result = 0;
     for (int i = 0; i < 32; ++i) result |= (u32)emulator::exchanged((int)v, i) << i;
