@@ -57,7 +57,7 @@ class NestedTree:
         try:
             content = json.loads(path.read_text())
             order = tuple(tuple(int(rank) for rank in choice) for choice in content["order"])
-            if "expected_by_depth" not in content:  # of a version that always verified the same tree
+            if not content.get("expected_by_depth"):  # only what trees bring that are always the same
                 return cls(order, _of_fixed_trees(order, [float(x) for x in content["expected_tokens_per_step"]]))
             expected = content["expected_by_depth"]
             return cls(order, tuple(tuple(float(value) for value in row) for row in expected))

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from torch import Tensor
 
 from engine.training.ranks import MISSED, AnswerRanks
 from engine.tree import MAX_TREE_NODES, Choice
@@ -23,6 +24,7 @@ __all__ = [
     "Calibration",
     "calibrate",
     "expected_worth",
+    "mean_accepted",
     "node_order",
     "tokens_per_step",
     "write_calibration",
@@ -34,7 +36,11 @@ Chance = Callable[[Choice], float]  # of a node's path being accepted
 
 @dataclass(frozen=True)
 class Calibration:
-    """The chosen order and figures; `scores` are tokens per step by estimator at a few sizes, on unseen answers."""
+    """The chosen order and figures; `scores` are tokens per step by estimator at a few sizes, on unseen answers.
+
+    `expected` are tokens per step of the first n nodes; `by_depth` those of trees that steps prune, by depth and nodes,
+    if they were measured (`engine.training.pruned_worth`).
+    """
 
     order: list[Choice]
     expected: list[float]
@@ -43,6 +49,7 @@ class Calibration:
     accuracy: list[list[float]]
     num_answers: int
     num_positions: int
+    by_depth: Sequence[Sequence[float]] = ()
 
 
 def independent(ranks: np.ndarray) -> Chance:
@@ -102,6 +109,11 @@ def tokens_per_step(order: Sequence[Choice], measured: AnswerRanks, sizes: Seque
     return [1 + float(_simulate((need <= size).sum(axis=1), measured)[0]) for size in sizes]
 
 
+def mean_accepted(accepted: Tensor, measured: AnswerRanks) -> float:
+    """Return the mean tokens that a step accepts if it accepts so many at each anchor, int64 [anchors]."""
+    return _simulate(accepted.numpy(), measured)[0]
+
+
 def step_starts(order: Sequence[Choice], measured: AnswerRanks, size: int) -> np.ndarray:
     """Return which anchors a decode with the first `size` nodes starts steps at, bool [anchors]."""
     return _simulate((_nodes_needed(order, measured.ranks.numpy()) <= size).sum(axis=1), measured)[1]
@@ -136,8 +148,9 @@ def calibrate(measured: AnswerRanks, sizes: Sequence[int] = (4, 8, 16, 63)) -> C
 
 def expected_worth(calibration: Calibration) -> str:
     """Return what trees of a few sizes are worth, for people."""
-    sizes = [size for size in (4, 8, 16, 63) if size < len(calibration.expected)]
-    figures = ", ".join(f"{calibration.expected[size]:.2f} with {size}" for size in sizes)
+    expected = calibration.by_depth[-1] if calibration.by_depth else calibration.expected
+    sizes = [size for size in (4, 8, 16, 63) if size < len(expected)]
+    figures = ", ".join(f"{expected[size]:.2f} with {size}" for size in sizes)
     return f"expected tokens per step {figures} nodes, measured on {calibration.num_positions:,} positions"
 
 
@@ -148,6 +161,7 @@ def write_calibration(path: Path, calibration: Calibration, about: Mapping[str, 
         **(about or {}),
         "order": [list(node) for node in calibration.order],
         "expected_tokens_per_step": [round(value, 4) for value in calibration.expected],
+        "expected_by_depth": [[round(value, 4) for value in row] for row in calibration.by_depth],
         "estimator": calibration.estimator,
         "estimator_scores": {
             name: {str(size): round(value, 4) for size, value in row.items()}

@@ -24,6 +24,7 @@ from engine.training.dense import TrainingModel
 from engine.training.evaluate import evaluation_prompts, greedy_answers
 from engine.training.filters import QueryFilter
 from engine.training.medusa1 import Vocabulary
+from engine.training.pruned_worth import with_pruned
 from engine.training.ranks import measure_ranks
 from engine.training.topics import draw_request
 
@@ -62,10 +63,12 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model, args.device, report, args.quantize)
     heads = open_heads(args.heads, model, report)
     text = _own_answers(args, model, report) if text is None else text
-    measured = measure_ranks(heads, build_cache(model, text), Vocabulary(model, heads.token_map))
+    cache, vocabulary = build_cache(model, text), Vocabulary(model, heads.token_map)
+    measured = measure_ranks(heads, cache, vocabulary)
     if measured.num_answers < 2:
         raise InvalidParameterError(f"{measured.num_answers} answers are too few to calibrate on; leave --data out.")
-    calibration = calibrate(measured)
+    report("having the heads fill whole trees")
+    calibration = with_pruned(calibrate(measured), measured, heads, cache, vocabulary)
     path = tree_file(args.heads)
     write_calibration(path, calibration, {"heads": args.heads.name, "model": model.name})
     print(f"Wrote {path}: {expected_worth(calibration)}.")

@@ -29,6 +29,7 @@ from engine.training.medusa1 import Vocabulary
 from engine.training.medusa2 import JointPlan, JointTrainer
 from engine.training.processes import ALONE, Processes
 from engine.training.quantized import plain_matrix
+from engine.training.pruned_worth import with_pruned
 from engine.training.ranks import measure_ranks
 
 __all__ = ["HEADS_FILE", "adapter_tensors", "merged_model", "merged_weights", "save_model", "train_jointly"]
@@ -83,7 +84,9 @@ def train_jointly(
     tuned = merged_model(model)
     report("adapters merged; measuring on the held-back conversations")
     cache = build_cache(tuned, held)
-    calibration = calibrate(measure_ranks(heads, cache, Vocabulary(tuned, heads.token_map)))
+    of_tuned = Vocabulary(tuned, heads.token_map)
+    measured = measure_ranks(heads, cache, of_tuned)
+    calibration = with_pruned(calibrate(measured), measured, heads, cache, of_tuned)
     weights = merged_weights(model)
     trainer.adapters.take_out(model.backbone)
     quality = compare(model, tuned, held)
