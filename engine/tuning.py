@@ -162,9 +162,10 @@ class Tuner:
         chances = self._chances()
         self._tokens = {self._plain: 1.0}
         for tree in self._step_ms:
-            known = chances[tree.max_depth - 1][: tree.num_drafted] if tree.max_depth <= len(chances) else []
-            if tree.num_drafted == len(known):
-                self._tokens[tree] = 1.0 + sum(known)
+            if 0 < tree.max_depth <= len(chances):
+                known = chances[tree.max_depth - 1][: tree.num_drafted]
+                if len(known) == tree.num_drafted:
+                    self._tokens[tree] = 1.0 + sum(known)
         if not self.is_known:
             self.tree = self.best
         elif self._gain(self.best) < _MIN_GAIN:
