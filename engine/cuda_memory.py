@@ -23,7 +23,7 @@ OUTBOX_SIZE = RECORD_SIZE + 3 * MAX_ROWS
 class StepMemory:
     """Buffers of one sequence, named after what they hold.
 
-    `outbox` int32 is all that the host reads after a step: `record`, the drafted nodes' `tokens` and their `chances`, and
+    `outbox` int32 is all that the host reads after a step: `record`, the drafted nodes' `tokens`, their `chances`, and
     which of them were `kept`, where not all were verified.
     """
 

@@ -48,8 +48,8 @@ class VerifiedNodes:
 class TreePlan:
     """Tables of one tree over a step's memory: of the nodes that the heads fill, and of those that are `verified`.
 
-    Int32 [nodes], ancestor_at [nodes, 16]. All nodes are verified, or of a pruned tree those that a launch keeps (`kept`,
-    None otherwise). Where heads do not see the path, all nodes of a depth share one row.
+    Int32 [nodes], ancestor_at [nodes, 16]. All nodes are verified, or of a pruned tree those that a launch keeps
+    (`kept`, None otherwise). Where heads do not see the path, all nodes of a depth share one row.
     """
 
     def __init__(self, given: Tree, memory: StepMemory, *, sees_path: bool) -> None:

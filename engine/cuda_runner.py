@@ -256,9 +256,7 @@ class CudaRunner:
             keys = self._forward.best_of_tree(rows)
         else:
             keys = chooser.launch(self._forward.score_tree(rows), nodes)
-        fused_ops.accept_greedy(
-            keys, nodes.tokens, nodes.parents, memory.record, table=self.embedding, load=self.load
-        )
+        fused_ops.accept_greedy(keys, nodes.tokens, nodes.parents, memory.record, table=self.embedding, load=self.load)
         if chooser is not None:
             chooser.note_accepted()
         self._launch_commit(plan)

@@ -22,8 +22,8 @@ MAX_FILLED = MAX_TREE_NODES - 1  # with the root as many rows as a captured step
 # Head-by-rank accuracies of the first trained heads of the bundled model; the order for heads without calibration.
 _TYPICAL = ((0.45, 0.13, 0.07, 0.05, 0.03, 0.03), (0.25, 0.10, 0.06, 0.04, 0.03), (0.17, 0.08, 0.05), (0.13, 0.06))
 # Filled nodes for each that is verified. With the bundled heads, 80 prompts x 256 tokens, trees of 4, 7, 15 nodes bring
-# 2.23, 2.51, 2.79 tokens a step if they are always the same, 2.36, 2.64, 2.93 of twice and 2.38, 2.66, 2.96 of six times
-# as many.
+# 2.23, 2.51, 2.79 tokens a step if they are always the same; 2.36, 2.64, 2.93 of twice and 2.38, 2.66, 2.96 of six
+# times as many.
 _FILLED = 2
 _DEFAULT_NODES = {"cpu": 2, "cuda": 16}  # the fastest of 2, 3, 4 and 6 on two AVX512 cores; on a GPU a guess
 
@@ -85,7 +85,7 @@ class NestedTree:
         return _tree(self._no_deeper(depth)[:nodes])
 
     def pruned(self, nodes: int, depth: int | None = None) -> Tree:
-        """Return the tree of the `nodes` likeliest of about twice as many, none deeper than `depth` where that is given.
+        """Return the tree of the `nodes` likeliest of about twice as many; with `depth`, none of them is deeper.
 
         Of so many nodes none lies deeper than there are nodes. Where there are no more than `nodes`, all are verified.
         """
@@ -105,11 +105,12 @@ def _tree(choices: tuple[Choice, ...]) -> CandidateTree:
 def _of_fixed_trees(order: Sequence[Choice], expected: Sequence[float]) -> tuple[tuple[float, ...], ...]:
     """Return by depth what the first nodes that are no deeper bring, from what the first of all bring."""
     gains = [after - before for before, after in pairwise(expected)]
-    depths = range(1, 1 + max(map(len, order), default=0))
-    return tuple(
-        tuple(accumulate((gain for choice, gain in zip(order, gains, strict=True) if len(choice) <= depth), initial=1.0))
-        for depth in depths
-    )
+
+    def of_depth(depth: int) -> tuple[float, ...]:
+        kept = (gain for choice, gain in zip(order, gains, strict=True) if len(choice) <= depth)
+        return tuple(accumulate(kept, initial=1.0))
+
+    return tuple(of_depth(depth) for depth in range(1, 1 + max(map(len, order), default=0)))
 
 
 def order_by_likelihood(accuracies: tuple[tuple[float, ...], ...]) -> tuple[Choice, ...]:

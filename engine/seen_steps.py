@@ -1,4 +1,4 @@
-"""What answers have shown of the heads: how often the likeliest node of a step was accepted, the second likeliest, and so on.
+"""What answers have shown of the heads: how often a step's likeliest node was accepted, its second likeliest, and on.
 
 A step's nodes have a place each, by likelihood. The nodes of a step that are no deeper than d are those that a tree of
 depth d would have verified, so a step tells of all depths up to its own.

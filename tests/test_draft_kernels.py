@@ -3,9 +3,11 @@
 import pytest
 import torch
 from cuda_emulator import COMPILER, load_emulated
+from test_cuda_runner import CONFIG
 from torch import Tensor
 from torch.nn import functional as F
 
+from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.heads import seen_embeddings
 from engine.kernels import fused_ops, nvrtc
@@ -172,7 +174,7 @@ def test_a_first_block_sees_tokens_and_settles_guesses(machine, dtype, merges):
     output = pack(int8(300 // 16 * 16, 128, 5), device, dtype)
     record = fused_ops.new_record(device)
     record[fused_ops.BONUS] = 40
-    plan = TreePlan(TREE, runner.memory, sees_path=True)
+    plan = TreePlan(TREE, StepMemory(CONFIG, dtype, device), sees_path=True)
     first, second = plan.rounds[:2]
     tokens, chances = torch.full((TREE.num_nodes,), -1).int().to(device), torch.zeros(TREE.num_nodes, device=device)
     lists = GuessLists.empty(output.n, first.num_rows, first.guesses, device)

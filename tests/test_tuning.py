@@ -12,7 +12,7 @@ from engine.pruned_tree import PrunedTree, Tree
 from engine.records import DecodeStep
 from engine.seen_steps import PlaceCounts, SeenSteps
 from engine.step_times import StepTimer, StepTimes, measure_step_times
-from engine.tree import CandidateTree, Choice
+from engine.tree import CandidateTree
 from engine.tuning import Tuner, TuningFile, load_or_measure
 
 SIZES = (0, 1, 2, 3, 4, 5, 7, 11, 15, 23, 31)
@@ -47,7 +47,7 @@ def shape_of(tree: Tree) -> CandidateTree:
 
 
 def steps_accepting(tree: Tree, nodes: Sequence[int]) -> list[DecodeStep]:
-    """Steps in which nodes are the likelier the earlier they come in the tree, and the path to one of `nodes` is taken."""
+    """Steps whose nodes are the likelier the earlier they come in the tree, and which take the path to `nodes`."""
     shape = shape_of(tree)
     chances = [1.0, *(0.9**node for node in range(1, shape.num_nodes))]
     given = shape.parents, tuple(chances)

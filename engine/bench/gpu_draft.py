@@ -105,7 +105,7 @@ class Bench:
     def plan(self, drafter: CudaDrafter, size: int) -> TreePlan:
         """Return a tree's tables with drafting prepared; the runner would prepare the backbone as well."""
         tree = self.trees.first(size)
-        plan = self.runner._plans[tree, drafter] = TreePlan(tree, self.device, sees_path=drafter.sees_path)
+        plan = self.runner._plans[tree, drafter] = TreePlan(tree, self.runner.memory, sees_path=drafter.sees_path)
         drafter.prepare(plan)
         return plan
 

@@ -28,8 +28,8 @@ from engine.training.lora import LoraAdapters, LoraLinear
 from engine.training.medusa1 import Vocabulary
 from engine.training.medusa2 import JointPlan, JointTrainer
 from engine.training.processes import ALONE, Processes
-from engine.training.quantized import plain_matrix
 from engine.training.pruned_worth import with_pruned
+from engine.training.quantized import plain_matrix
 from engine.training.ranks import measure_ranks
 
 __all__ = ["HEADS_FILE", "adapter_tensors", "merged_model", "merged_weights", "save_model", "train_jointly"]

@@ -1,7 +1,7 @@
 """What trees bring that are pruned in every step by the heads' own chances (`engine.pruned_tree`).
 
-Which nodes a step keeps depends on guesses that turn out wrong as well, so the heads are asked for whole trees, at every
-place where a step could start; then steps are simulated as in calibration.
+Which nodes a step keeps depends on guesses that turn out wrong as well, so the heads are asked for whole trees, at
+every place where a step could start; then steps are simulated as in calibration.
 """
 
 from collections.abc import Sequence
@@ -24,8 +24,11 @@ __all__ = ["NodeChances", "expected_by_depth", "measure_chances", "with_pruned"]
 
 @dataclass(frozen=True)
 class NodeChances:
-    """For all nodes of an order at every anchor, [anchors, nodes] on the CPU: `chance` float32, the product of the heads'
-    probabilities on the way to a node, and `is_true` bool, whether its path is what really followed."""
+    """For all nodes of an order at every anchor, [anchors, nodes] on the CPU.
+
+    `chance` float32 is the product of the heads' probabilities on the way to a node, `is_true` bool says whether its
+    path is what really followed.
+    """
 
     chance: Tensor
     is_true: Tensor
