@@ -11,8 +11,8 @@ from typing import Any, Protocol
 
 from engine.captured_decode import make_loop
 from engine.engine import Engine
+from engine.pruned_tree import Tree
 from engine.sampling import SamplingParams
-from engine.tree import CandidateTree
 
 __all__ = ["Contender", "Own", "Run", "spread"]
 
@@ -59,7 +59,7 @@ class Contender(Protocol):
 class Own:
     """This engine with `tree`; the root alone decodes plainly."""
 
-    def __init__(self, engine: Engine, tree: CandidateTree) -> None:
+    def __init__(self, engine: Engine, tree: Tree) -> None:
         self._engine, self._tree = engine, tree
         self.name = f"Medusa on, {tree.num_drafted} nodes" if tree.num_drafted else "Medusa off"
 

@@ -24,7 +24,8 @@ from engine.captured_decode import CapturedLoop
 from engine.cuda_drafter import CudaDrafter
 from engine.cuda_runner import CudaRunner
 from engine.decode import PLAIN
-from engine.tree import CandidateTree
+from engine.models.loader import bundled_path
+from engine.pruned_tree import PrunedTree, Tree
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
 SIZES = (4, 7, 8, 15, 31, 63)  # drafted nodes
@@ -53,8 +54,8 @@ class Bench:
         assert isinstance(drafter, CudaDrafter), self.engine.info.heads_reason
         return drafter
 
-    def tree(self, drafted: int) -> CandidateTree:
-        return self.engine._trees.first(drafted) if drafted else PLAIN
+    def tree(self, drafted: int) -> Tree:
+        return self.engine._trees.pruned(drafted) if drafted else PLAIN
 
     def load(self, quantize: str) -> Callable[[Report], Any]:
         """Load an engine as the app does; what it says comes with the second it was said at."""
@@ -83,6 +84,7 @@ class Bench:
                 "ready_seconds": time.time() - started,
                 "text": second.text,
                 "same": first.tokens == second.tokens,
+                "memory": self.memory(report),
             }
 
         return part
@@ -166,13 +168,14 @@ class Bench:
         found = {}
         for drafted in (4, 15, 31, 63):
             self._prefill(500)
-            tree = self.tree(drafted)
+            tree, verified = self.tree(drafted), self.engine._trees.first(drafted)
+            filled = tree.filled if isinstance(tree, PrunedTree) else tree
             for _ in range(2):
-                draft = self.drafter.draft(self.runner.memory.state[0].clone(), 5, tree)
-                self.runner.verify(draft.tokens, tree)
+                draft = self.drafter.draft(self.runner.memory.state[0].clone(), 5, filled)
+                self.runner.verify(draft.tokens[: verified.num_nodes], verified)
             found[drafted] = {
-                "draft_ms": self._replay_ms(("draft", tree, self.drafter)),
-                "verify_ms": self._replay_ms(("verify", tree)),
+                "draft_ms": self._replay_ms(("draft", filled, self.drafter)),
+                "verify_ms": self._replay_ms(("verify", verified)),
             }
         found["chunk_ms"] = {rows: self._chunk_ms(rows) for rows in (16, 64)}
         return found
@@ -249,7 +252,7 @@ class Bench:
         """`generate` in bfloat16 on the same weights, greedy, 128 tokens."""
         from transformers import AutoModelForCausalLM, AutoTokenizer
 
-        path = Path(self.arguments.model)
+        path = bundled_path() if self.arguments.model == "bundled" else Path(self.arguments.model)
         options = {"gguf_file": path.name} if path.suffix == ".gguf" else {}
         folder = str(path.parent if options else path)
         tokenizer = AutoTokenizer.from_pretrained(folder, **options)
@@ -282,7 +285,7 @@ def profile_step(bench: Bench) -> Callable[[Report], Any]:
         from torch.profiler import ProfilerActivity, profile
 
         found = {}
-        for drafted in (0, 15):
+        for drafted in (0, 7):
             bench._prefill(500)
             tree, drafter = bench.tree(drafted), bench.drafter if drafted else None
             plan = bench.runner.plan(tree, drafter)
@@ -305,6 +308,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--time-limit", type=float, default=460.0)
     parser.add_argument("--formats", nargs="+", default=["int8", "nf4", "none"])
+    parser.add_argument("--skip", nargs="*", default=[], choices=["tests", "transformers"])
     bench = Bench(parser.parse_args())
     report = Report(bench.arguments.out, bench.arguments.time_limit, "gpu_engine")
     report.run("environment", environment)
@@ -313,8 +317,10 @@ def main() -> None:
         for name, part in _parts(bench, quantize, main=number == 0, until=shares.get(number, 0.95)):
             report.run(f"{quantize} {name}", part, until=shares.get(number, 0.95))
     report.run("load again", bench.load(bench.arguments.formats[0]))
-    report.run("tests", gpu_tests, until=0.75)
-    report.run("transformers", bench.transformers, until=0.95)
+    if "tests" not in bench.arguments.skip:
+        report.run("tests", gpu_tests, until=0.75)
+    if "transformers" not in bench.arguments.skip:
+        report.run("transformers", bench.transformers, until=0.95)
     _print(report)
 
 
