@@ -86,6 +86,10 @@ def test_commands_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
     assert command(f"calibrate --heads {heads_path} --device cpu --answers 4 --max-answer 24") == 0
     content = json.loads(tree_file(heads_path).read_text())
     assert len(content["expected_tokens_per_step"]) == len(content["order"]) + 1
+    by_depth = content["expected_by_depth"]
+    depths = range(1, len(by_depth) + 1)
+    assert [len(row) for row in by_depth] == [1 + sum(len(node) <= d for node in content["order"]) for d in depths]
+    assert by_depth[-1][-1] == pytest.approx(content["expected_tokens_per_step"][-1], abs=0.02)  # nothing is pruned
 
     model, heads = load_model("bundled", "cpu"), load_heads(heads_path)
     held_back = greedy_answers(model, read_chat_format(model.tokenizer), UNSEEN, 32)
@@ -186,7 +190,11 @@ def test_calibration_of_hand_made_ranks(tmp_path: Path) -> None:
     missed = AnswerRanks(torch.full((18, 2), MISSED, dtype=torch.uint8), measured.answer)
     assert tokens_per_step(found.order, missed, [2]) == [1.0]
     write_calibration(tmp_path / "h.tree.json", found)
-    assert NestedTree.beside(tmp_path / "h.safetensors").order == tuple(found.order)
+    read = NestedTree.beside(tmp_path / "h.safetensors")
+    assert read.order == tuple(found.order)
+    assert read.expected[1] == tuple(found.expected)  # without figures of pruned trees, those of fixed ones
+    flat = [1 + sum(len(node) == 1 for node in found.order[:size]) for size in range(len(found.order) + 1)]
+    assert read.expected[0][:2] == (1.0, 2.0) and len(read.expected[0]) == flat[-1]
 
 
 def test_parents_come_before_children_in_an_order() -> None:
