@@ -298,6 +298,7 @@ template <int PICK> u32 widen_int8(u32 codes) {
 template <typename T> T* kept(T* pointer) { return pointer; }
 inline uint4 load_once16(const void* p) { return *(const uint4*)p; }
 inline float2 load_once8(const void* p) { return *(const float2*)p; }
+template <typename T> T* known_after(u32, T* pointer) { return pointer; }
 inline uint4 load_early16(const void* p) { return *(const uint4*)p; }
 inline const u16* known_early(const u16* p) { return p; }
 inline void copy16_async(void* shared, const void* global) { memcpy(shared, global, 16); }

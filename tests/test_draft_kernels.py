@@ -165,38 +165,47 @@ def test_blocks_follow_each_other_through_sums(machine, dtype, rows, copies):
     assert torch.equal(from_sums(again, rows), from_sums(sums[0], rows))
 
 
+WIDE = CandidateTree.from_choices(
+    [(i,) for i in range(3)]
+    + [(i, j) for i in range(3) for j in range(2)]
+    + [(i, j, 0) for i in range(3) for j in range(2)]
+)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("merges", [False, True])
-def test_a_first_block_sees_tokens_and_settles_guesses(machine, dtype, merges):
+@pytest.mark.parametrize(("tree", "head"), [(TREE, 1), (TREE, 2), (WIDE, 2)])
+def test_a_first_block_sees_tokens_and_settles_guesses(machine, dtype, merges, tree, head):
     device, load = machine
     table, state = random(300, 128, seed=1).to(dtype), random(1, 128, seed=2).to(dtype)
-    matrices = int8(64, 3 * 128, 3), int8(128, 64, 4)
+    matrices = int8(64, (2 + head) * 128, 3), int8(128, 64, 4)
     output = pack(int8(300 // 16 * 16, 128, 5), device, dtype)
     record = fused_ops.new_record(device)
     record[fused_ops.BONUS] = 40
-    plan = TreePlan(TREE, StepMemory(CONFIG, dtype, device), sees_path=True)
-    first, second = plan.rounds[:2]
-    tokens, chances = torch.full((TREE.num_nodes,), -1).int().to(device), torch.zeros(TREE.num_nodes, device=device)
-    lists = GuessLists.empty(output.n, first.num_rows, first.guesses, device)
-    list_guesses(state.to(device), output, lists, load=load)
-    guessed = Guessed(plan.row_of, plan.rank, tokens, chances, first.nodes)
+    plan = TreePlan(tree, StepMemory(CONFIG, dtype, device), sees_path=True)
+    before, turn = plan.rounds[head - 1 : head + 1]
+    tokens, chances = torch.arange(tree.num_nodes).int().to(device) + 100, torch.zeros(tree.num_nodes, device=device)
+    lists = GuessLists.empty(output.n, before.num_rows, before.guesses, device)
+    rows = random(before.num_rows, 128, seed=6).to(dtype)
+    list_guesses(rows.to(device), output, lists, load=load)
+    guessed = Guessed(plan.row_of, plan.rank, tokens, chances, before.nodes)
     want_tokens, want_chances = tokens.clone(), chances.clone()
-    apart = Guessed(plan.row_of, plan.rank, want_tokens, want_chances, first.nodes)
+    apart = Guessed(plan.row_of, plan.rank, want_tokens, want_chances, before.nodes)
     settle_guesses(Unsettled(lists, apart), load=load)
     old = torch.ones(4, 64, dtype=torch.int32, device=device)
     if not merges:
         tokens.copy_(want_tokens)
     sums = torch.zeros(1, 8, 128, dtype=torch.int32, device=device)
-    seen = Seen(table.to(device), tokens, record, plan.ancestor_at, second.row_nodes)
-    options = {"rows": second.num_rows, "seen": seen, "merges": merges}
+    seen = Seen(table.to(device), tokens, record, plan.ancestor_at, turn.row_nodes)
+    options = {"rows": turn.num_rows, "seen": seen, "merges": merges}
     if merges:
         options["unsettled"] = Unsettled(lists, guessed, old)
     add_block(state.to(device), *(pack(matrix, device, dtype) for matrix in matrices), sums, load=load, **options)
     if merges:
         assert torch.equal(tokens, want_tokens) and torch.equal(chances, want_chances) and not old.any()
-    rows = []
-    for node in second.row_nodes.tolist():
-        embedded = seen_embeddings(table[[40, int(want_tokens[node])]].float())
-        rows.append(torch.cat([state.float(), embedded]).flatten())
-    want = wide_block(torch.stack(rows), *matrices)
-    assert error(from_sums(sums, second.num_rows), want) < 5e-3
+    inputs = []
+    for node in turn.row_nodes.tolist():
+        path = [40, *(int(want_tokens[n]) for n in tree.path_to(node)[1:])]
+        inputs.append(torch.cat([state.float(), seen_embeddings(table[path].float())]).flatten())
+    want = wide_block(torch.stack(inputs), *matrices)
+    assert error(from_sums(sums, turn.num_rows), want) < 5e-3

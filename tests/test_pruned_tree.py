@@ -115,8 +115,7 @@ def records(loop: DecodeLoop | CapturedLoop, tree: PrunedTree) -> list[tuple[obj
 PRUNED = [PrunedTree(TREES[2], 4), PrunedTree(CandidateTree.chain(3), 2)]
 
 
-@pytest.mark.parametrize("sees", ["path", "hidden"])
-@pytest.mark.parametrize("is_fused", [True, False])
+@pytest.mark.parametrize(("sees", "is_fused"), [("path", True), ("hidden", False)])
 def test_a_pruned_tree_gives_plain_decodings_tokens(
     runner: CudaRunner, weights: BackboneWeights, sees: str, is_fused: bool  # noqa: F811
 ) -> None:  # fmt: skip

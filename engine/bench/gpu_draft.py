@@ -30,10 +30,17 @@ from engine.kernels.tune_nf4 import choose_config, time_graph
 from engine.models.head_formats import Target, read_heads
 from engine.models.loader import open_model
 from engine.nested_tree import NestedTree
-from engine.tree import CandidateTree
+from engine.tree import CandidateTree, Choice
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
-SIZES = (4, 7, 15, 31, 63)  # drafted nodes
+SIZES = (4, 7, 15, 31, 36, 63)  # drafted nodes
+PARENTS: tuple[tuple[Choice, ...], ...] = (  # a tree by rounds of few rows, each with its four best guesses
+    ((),),
+    ((0,), (1,)),
+    ((0, 0), (1, 0), (0, 1)),
+    ((0, 0, 0), (1, 0, 0), (0, 1, 0)),
+)
+FOURS = CandidateTree.from_choices([(*parent, rank) for row in PARENTS for parent in row for rank in range(4)])
 COPIES = (1, 2, 4)  # of the sums of fused rounds
 LARGER_THAN_CACHE = 96 << 20
 DRAFTS = 8  # captured for one measurement
@@ -102,9 +109,13 @@ class Bench:
             found.append((state, self.runner.greedy(state.unsqueeze(0))[0]))
         return found
 
+    def tree(self, size: int) -> CandidateTree:
+        """Return the tree of so many drafted nodes."""
+        return FOURS if size == FOURS.num_nodes - 1 else self.trees.first(size)
+
     def plan(self, drafter: CudaDrafter, size: int) -> TreePlan:
         """Return a tree's tables with drafting prepared; the runner would prepare the backbone as well."""
-        tree = self.trees.first(size)
+        tree = self.tree(size)
         plan = self.runner._plans[tree, drafter] = TreePlan(tree, self.runner.memory, sees_path=drafter.sees_path)
         drafter.prepare(plan)
         return plan
@@ -120,7 +131,7 @@ class Bench:
         """Guesses of both ways, and of the first way again."""
         found = {}
         for size in SIZES:
-            agreed, tree = Agreement(), self.trees.first(size)
+            agreed, tree = Agreement(), self.tree(size)
             for drafter in (self.fused, self.apart):
                 self.plan(drafter, size)
             for state, root in self.states:

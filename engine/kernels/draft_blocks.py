@@ -26,6 +26,7 @@ MAX_BLOCK_ROWS = 16
 MAX_HIDDEN = 768
 MAX_BLOCKS = 64  # of 64 input features, whose weights a thread block has in registers
 MAX_MERGED_ROWS = 16
+MAX_KNOWN = 4 * 32  # rows that four warps bring beside those merging, a lane's turn each
 STATIC_BYTES = 4096  # of shared memory, at most, that the kernel declares itself, and the driver
 THREADS, WARPS = 256, 8
 
@@ -40,7 +41,8 @@ def can_add_block(up: PackedLinear, down: PackedLinear, rows: int) -> bool:
 def can_merge(lists: GuessLists, up: PackedLinear, down: PackedLinear, rows: int) -> bool:
     """Say whether every thread block of a block's launch can merge these lists for itself."""
     is_small = lists.rows * lists.row_bytes <= ROOM_BYTES and lists.rows <= MAX_MERGED_ROWS
-    return is_small and _fits(_shared_bytes(up, down, rows, lists))
+    num_known = 2 + rows * (up.k // down.n - 3)
+    return is_small and num_known <= MAX_KNOWN and _fits(_shared_bytes(up, down, rows, lists))
 
 
 def _fits(shared_bytes: int) -> bool:
@@ -98,6 +100,6 @@ def _shared_bytes(up: PackedLinear, down: PackedLinear, rows: int, merged: Guess
     """Return the dynamic shared memory: rows and their scales, then lists to merge or what warps exchange."""
     hidden, tiles = down.n, token_tiles(rows)
     num_seen = up.k // hidden - 1
-    kept = 8 * tiles * num_seen + 1 if num_seen else 8 * tiles
+    kept = 8 * tiles * (num_seen - 1) + 2 if num_seen else 8 * tiles
     lists = merged.rows * merged.row_bytes if merged else 0
     return kept * (2 * hidden + 16) + -(-kept // 4) * 16 + max(tiles * (WARPS * 512 + 256), lists)

@@ -23,6 +23,7 @@ __all__ = [
 MAX_LISTED = 16  # guesses of a row
 MAX_LIST_ROWS = 32
 MAX_HIDDEN = 768  # whose weights, of 16 tokens, are the registers of a warp
+PAIRED_ROWS = 4  # at most, whose planes share the tensor cores' tiles
 BLOCK_TOKENS = 128  # of the draft vocabulary, to a thread block
 MAX_LIST_PLACES = 256
 ROOM_BYTES = 48 << 10  # of shared memory, for lists that one thread block merges
@@ -135,7 +136,8 @@ def can_list(output: PackedLinear, rows: int, guesses: int) -> bool:
 
 def row_defines(hidden: int, rows: int, copies: int, dtype: torch.dtype) -> Defines:
     """Say to the compiler what cuda/integer_rows.cuh asks for."""
-    return (("HIDDEN", hidden), ("TOKEN_TILES", token_tiles(rows)), ("COPIES", copies), *bf16_define(dtype))
+    tiles = (("TOKEN_TILES", token_tiles(rows)), ("PAIRED", int(rows <= PAIRED_ROWS)))
+    return (("HIDDEN", hidden), *tiles, ("COPIES", copies), *bf16_define(dtype))
 
 
 def token_tiles(rows: int) -> int:

@@ -37,7 +37,7 @@ __all__ = [
 
 SOURCES = Path(__file__).parent / "cuda"
 CLUSTER_DIMENSION, PROGRAMMATIC_SERIALIZATION = 4, 6  # CUlaunchAttributeID
-STATIC_SHARED, LOCAL_BYTES, REGISTERS, MAX_DYNAMIC_SHARED = 1, 3, 4, 8  # CUfunction_attribute
+STATIC_SHARED, LOCAL_BYTES, REGISTERS, MAX_DYNAMIC_SHARED, CARVEOUT = 1, 3, 4, 8, 9  # CUfunction_attribute
 Defines = tuple[tuple[str, int], ...]
 
 
@@ -131,7 +131,10 @@ def load_kernel(source: str, name: str, defines: Defines = (), shared_bytes: int
     if shared_bytes:  # the default allows 48 KB together with what the kernel declares itself
         result = _driver().cuFuncSetAttribute(function, MAX_DYNAMIC_SHARED, shared_bytes)
         _check(result, f"give {name} {shared_bytes} bytes of shared memory")
-    return Kernel(function, name, overlaps=capability >= (9, 0))
+    overlaps = capability >= (9, 0)
+    if overlaps:  # only kernels that divide a multiprocessor's memory alike meet on it: all ask for all as shared
+        _check(_driver().cuFuncSetAttribute(function, CARVEOUT, 100), f"divide the memory for {name}")
+    return Kernel(function, name, overlaps)
 
 
 def is_available() -> bool:

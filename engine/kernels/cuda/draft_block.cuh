@@ -24,13 +24,14 @@ constexpr int SLOTS = (BLOCKS + WARPS - 1) / WARPS;        // of them that a war
 constexpr int DOWN_TILES = HIDDEN / 16;                    // of 16 rows of D
 constexpr int DOWN_SLOTS = (DOWN_TILES + WARPS - 1) / WARPS;
 constexpr int KNOWN = MERGED ? SEEN - 1 : SEEN;            // tokens seen that are known when the launch begins
-constexpr int STATE = SEEN * ROWS;                         // where the hidden state lies, behind the rows of each token seen
+constexpr int MERGERS = MERGED ? 4 : 0;                    // warps that see to the others
+constexpr int ROOT = (SEEN - 1) * ROWS, STATE = ROOT + 1;  // what all rows see lies behind the rows of each token seen
 constexpr int NUM_ROWS = SEEN ? STATE + 1 : ROWS;          // in shared memory
 static_assert(SEEN == 0 || KNOWN > 0, "of the tokens seen, the root at least is known");
 constexpr int FRAGMENT = 128;                              // 16 inner features of eight rows
 
-// Where a row's n-th token seen lies.
-__device__ __forceinline__ int seen_row(int n, int row) { return n * ROWS + row; }
+// Where a row's n-th token seen lies, from 1: the root is token 0.
+__device__ __forceinline__ int seen_row(int n, int row) { return (n - 1) * ROWS + row; }
 
 // Ask for a row of 16-bit values, by a warp.
 __device__ __forceinline__ void copy_row(u8* to, const u16* from, int lane) {
@@ -38,24 +39,25 @@ __device__ __forceinline__ void copy_row(u8* to, const u16* from, int lane) {
     for (int i = lane; i < HIDDEN / 8; i += 32) copy16_async(to + i * 16, from + i * 8);
 }
 
-struct Seen {
-    const u16* table;
-    const int *record, *ancestor_at, *row_nodes;
-};
-
 #if SEEN
-// The items that a warp brings: the hidden state, and each row's tokens; lane i knows the node of turn i. The last warps
-// come first: the first ones may have lists to merge.
-__device__ __forceinline__ int known_node(const Seen& seen, int rows, int warp, int lane) {
-    const int item = WARPS - 1 - warp + lane * WARPS - 1;
-    return item < 0 || item >= rows * KNOWN ? -1 : seen.ancestor_at[seen.row_nodes[item / KNOWN] * NEAR + item % KNOWN];
+// What is known and brought by the last warps, in turns: the hidden state, the root, and of each row the other tokens.
+__device__ __forceinline__ int num_known(int rows) { return 2 + rows * (KNOWN - 1); }
+
+// The node of a warp's turn `lane`, -1 for none.
+__device__ __forceinline__ int known_node(const int* ancestor_at, const int* row_nodes, int rows, int warp, int lane) {
+    const int item = warp - MERGERS + lane * (WARPS - MERGERS), token = item - 2;
+    if (item < 1 || item >= num_known(rows)) return -1;
+    return item == 1 ? 0 : ancestor_at[row_nodes[token / max(1, KNOWN - 1)] * NEAR + 1 + token % max(1, KNOWN - 1)];
 }
 
 // Call `work` with each item's place in shared memory, its turn, and whether it is a token's.
 template <typename Work>
 __device__ __forceinline__ void known_items(int rows, int warp, Work work) {
-    for (int turn = 0, item = WARPS - 2 - warp; item < rows * KNOWN; ++turn, item += WARPS)
-        work(item < 0 ? STATE : seen_row(item % KNOWN, item / KNOWN), turn, item >= 0);
+    for (int turn = 0, item = warp - MERGERS; item < num_known(rows); ++turn, item += WARPS - MERGERS) {
+        const int token = item - 2;
+        const int at = seen_row(1 + token % max(1, KNOWN - 1), token / max(1, KNOWN - 1));
+        work(item == 0 ? STATE : item == 1 ? ROOT : at, turn, item > 0);
+    }
 }
 #endif
 
@@ -92,18 +94,15 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
     }
 #endif
 
-    Codes codes[SLOTS];
     auto block_of = [&](int slot) { return slot * WARPS + warp; };
     auto is_there = [&](int slot) { return (slot + 1) * WARPS <= BLOCKS || block_of(slot) < BLOCKS; };
-#pragma unroll
-    for (int slot = 0; slot < SLOTS; ++slot)
-        if (is_there(slot)) codes[slot] = load_codes(up, blockIdx.x * BLOCKS + block_of(slot), lane);
     // of D a lane has, in each tile of 16 rows x 64 columns, two words of a step of 16 columns (see int8_linear.py)
     u32 words[DOWN_SLOTS][2];
-    float2 down_by[DOWN_SLOTS];
+    float2 down_by[DOWN_SLOTS] = {};
 #pragma unroll
     for (int i = 0; i < DOWN_SLOTS; ++i) {
         const int tile = i * WARPS + warp, step = blockIdx.x % 4;
+        words[i][0] = words[i][1] = 0;
         if ((i + 1) * WARPS > DOWN_TILES && tile >= DOWN_TILES) continue;
         const u32* from = (const u32*)(down + ((long long)tile * (WIDTH / 64) + blockIdx.x / 4) * 64 + step / 2 * 32 + lane);
         words[i][0] = from[step % 2];
@@ -114,17 +113,23 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
     const int feature = (threadIdx.x >> 4 & 7) * 2 + (threadIdx.x >> 1 & 1), column = (threadIdx.x >> 2 & 3) * 2 + (threadIdx.x & 1);
     const float up_by = up_scales[blockIdx.x * 16 + feature];
 #if SEEN
-    const Seen seen = {table, record, ancestor_at, row_nodes};
-    const int node = known_node(seen, rows, warp, lane);
+    const int node = warp < MERGERS ? -1 : known_node(ancestor_at, row_nodes, rows, warp, lane);
 #if MERGED
     int guess = 0;  // of turn `lane`: where its key is among those merged
-    if (warp + lane * WARPS < rows) {
-        const int parent = ancestor_at[row_nodes[warp + lane * WARPS] * NEAR + SEEN - 1];
+    if (warp < MERGERS && warp + lane * MERGERS < rows) {
+        const int parent = ancestor_at[row_nodes[warp + lane * MERGERS] * NEAR + SEEN - 1];
         guess = row_of[parent] * MOST_GUESSES + rank_of[parent];
     }
 #endif
 #endif
-    let_next_kernel_start();
+    Codes codes[SLOTS] = {};
+#pragma unroll
+    for (int slot = 0; slot < SLOTS; ++slot) {
+        if (!is_there(slot)) continue;
+        const int at = blockIdx.x * BLOCKS + block_of(slot);
+        codes[slot] = slot < AHEAD ? load_codes(up, at, lane) : load_codes_after(codes[max(0, slot - AHEAD)], up, at, lane);
+    }
+    let_next_kernel_start();  // not earlier: it would ask for its weights beside these
     wait_for_previous_kernel();  // weights and the tree's tables are never written; all else may be the previous kernel's
 
     u32 a[DOWN_SLOTS][4];
@@ -137,42 +142,43 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
             a[i][3] = widen_int8<2>(words[i][1]);
         }
     };
-#if SEEN
-#if MERGED
-    SHARED u64 best[MOST_MERGED][MOST_GUESSES];
-    fetch_lists(room, lists, 0, listed_rows, 256);
-#endif
-    const int token = node < 0 ? 0 : seen_token(tokens, record, node);
-    commit_copies();
-    known_items(rows, warp, [&](int at, int turn, bool is_token) {
-        const u16* row = table + (long long)__shfl_sync(~0u, token, turn) * HIDDEN;
-        copy_row(shared + at * ROW_PITCH, is_token ? row : base, lane);
-    });
-    commit_copies();
-    widen_down();
-#if MERGED
-    wait_copies<1>();
-    __syncthreads();
-    for (int row = warp; row < listed_rows; row += WARPS) merge_lists(room + row * guesses * PLACES, guesses, best[row], lane);
-#endif
-    wait_copies<0>();
-    __syncwarp();
-    known_items(rows, warp, [&](int at, int turn, bool is_token) {
+    auto convert = [&](int at, bool is_token) {
         const float scale = convert_row(shared + at * ROW_PITCH, is_token, SEEN_EPS, lane);
         if (lane == 0) scales[at] = scale;
-    });
+    };
+#if SEEN
+    if (warp >= MERGERS) {
+        const int token = node < 0 ? 0 : seen_token(tokens, record, node);
+        known_items(rows, warp, [&](int at, int turn, bool is_token) {
+            const u16* row = table + (long long)__shfl_sync(~0u, token, turn) * HIDDEN;
+            copy_row(shared + at * ROW_PITCH, is_token ? row : base, lane);
+        });
+        commit_copies();
+        widen_down();
+        wait_copies<0>();
+        __syncwarp();
+        known_items(rows, warp, [&](int at, int turn, bool is_token) { convert(at, is_token); });
+    }
 #if MERGED
-    __syncthreads();
-    const int guessed_token = (int)index_of((&best[0][0])[guess]);
-    for (int row = warp, turn = 0; row < rows; row += WARPS, ++turn)
-        copy_row(shared + seen_row(SEEN - 1, row) * ROW_PITCH, table + (long long)__shfl_sync(~0u, guessed_token, turn) * HIDDEN, lane);
-    commit_copies();
-    wait_copies<0>();
-    __syncwarp();
-    for (int row = warp; row < rows; row += WARPS) {
-        const int at = seen_row(SEEN - 1, row);
-        const float scale = convert_row(shared + at * ROW_PITCH, true, SEEN_EPS, lane);
-        if (lane == 0) scales[at] = scale;
+    else {
+        SHARED u64 best[MOST_MERGED][MOST_GUESSES];
+        for (int row = warp; row < listed_rows; row += MERGERS) fetch_lists(room + row * guesses * PLACES, lists, row, lane);
+        commit_copies();
+        widen_down();
+        wait_copies<0>();
+        __syncwarp();
+        for (int row = warp; row < listed_rows; row += MERGERS)
+            merge_lists(room + row * guesses * PLACES, guesses, best[row], lane);
+        barrier(1, MERGERS * 32);
+        const int guessed_token = (int)index_of((&best[0][0])[guess]);
+        for (int row = warp, turn = 0; row < rows; row += MERGERS, ++turn) {
+            const u16* from = table + (long long)__shfl_sync(~0u, guessed_token, turn) * HIDDEN;
+            copy_row(shared + seen_row(SEEN - 1, row) * ROW_PITCH, from, lane);
+        }
+        commit_copies();
+        wait_copies<0>();
+        __syncwarp();
+        for (int row = warp; row < rows; row += MERGERS) convert(seen_row(SEEN - 1, row), true);
     }
 #endif
 #else
@@ -198,25 +204,28 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
     float part[TOKEN_TILES][4] = {};
 #pragma unroll
     for (int slot = 0; slot < SLOTS; ++slot) {
-        if (!is_there(slot)) continue;
-        const int item = block_of(slot) / ROW_BLOCKS;  // what is seen, the hidden state first
-        const bool is_state = SEEN && item == 0;
-        const int at = is_state ? STATE : SEEN ? seen_row(item - 1, 0) : 0;
-        const u8* from = shared + block_of(slot) % ROW_BLOCKS * 64 + (lane >> 3) * 16;
+        const int block = min(block_of(slot), BLOCKS - 1);  // a warp that has no more blocks has codes of 0
+        const int item = block / ROW_BLOCKS;                // what is seen, the hidden state and the root first
+        const bool is_one = SEEN && item < 2;
+        const int at = !SEEN ? 0 : item == 0 ? STATE : item == 1 ? ROOT : seen_row(item - 1, 0);
+        const u8* from = shared + at * ROW_PITCH + block % ROW_BLOCKS * 64;
 #pragma unroll
         for (int t = 0; t < TOKEN_TILES; ++t) {
             Products<1> products = {};
-            multiply_codes(products, codes[slot], from + (is_state ? at : at + t * 8 + (lane & 7)) * ROW_PITCH);
-            const float* by = scales + at + (is_state ? 0 : t * 8 + 2 * (lane & 3));
-            const float2 scale = make_float2(by[0], by[is_state ? 0 : 1]);
+            multiply_codes(products, codes[slot], from + (is_one ? one_offset(lane) : t * 8 * ROW_PITCH + lane_offset(lane)));
+            const float* by = scales + at + (is_one ? 0 : t * 8 + 2 * (lane & (PAIRED ? 1 : 3)));
+            const float2 scale = make_float2(by[0], by[is_one ? 0 : 1]);
 #pragma unroll
             for (int j = 0; j < 4; ++j)
-                part[t][j] = fmaf(products.sum(j), j & 1 ? scale.y : scale.x, part[t][j]);
+                part[t][j] = fmaf(products.sum(j, lane), j & 1 ? scale.y : scale.x, part[t][j]);
         }
     }
 #pragma unroll
-    for (int t = 0; t < TOKEN_TILES; ++t)
+    for (int t = 0; t < TOKEN_TILES; ++t) {
+#pragma unroll
+        for (int j = 0; j < 4; ++j) part[t][j] = both_planes(part[t][j]);
         exchange[(warp * TOKEN_TILES + t) * 32 + lane] = make_float4(part[t][0], part[t][1], part[t][2], part[t][3]);
+    }
     __syncthreads();
     for (int t = threadIdx.x / FRAGMENT; t < TOKEN_TILES; t += 256 / FRAGMENT) {
         float sum = 0.0f;
@@ -233,15 +242,21 @@ extern "C" __global__ void __launch_bounds__(256, 2) draft_block(
         const u32* b = (const u32*)(inner + (t * 8 + (lane >> 2)) * 16) + (lane & 3);
         const u32 b0 = b[0], b1 = b[4];
         const int row = t * 8 + 2 * (lane & 3);
+        u64 pairs[DOWN_SLOTS][2];  // all before any is added: none then waits for another
+#pragma unroll
+        for (int i = 0; i < DOWN_SLOTS; ++i) {
+            float c[4] = {};
+            multiply16x8x16(c, a[i][0], a[i][1], a[i][2], a[i][3], b0, b1);
+#pragma unroll
+            for (int j = 0; j < 2; ++j) pairs[i][j] = as_fixed(c[j] * down_by[i].x, c[j + 2] * down_by[i].y);
+        }
 #pragma unroll
         for (int i = 0; i < DOWN_SLOTS; ++i) {
             const int tile = i * WARPS + warp;
-            if ((i + 1) * WARPS > DOWN_TILES && tile >= DOWN_TILES) continue;
-            float c[4] = {};
-            multiply16x8x16(c, a[i][0], a[i][1], a[i][2], a[i][3], b0, b1);
             u64* to = (u64*)(sums + row * HIDDEN + tile * 16 + 2 * (lane >> 2));
-            if (row < rows) add_fixed(to, c[0] * down_by[i].x, c[2] * down_by[i].y);
-            if (row + 1 < rows) add_fixed(to + HIDDEN / 2, c[1] * down_by[i].x, c[3] * down_by[i].y);
+            if (tile >= DOWN_TILES) continue;
+            if (row < rows) atomicAdd(to, pairs[i][0]);
+            if (row + 1 < rows) atomicAdd(to + HIDDEN / 2, pairs[i][1]);
         }
     }
 }

@@ -59,10 +59,10 @@ extern "C" __global__ void __launch_bounds__(128) embed_likeliest(
     SHARED float totals[MOST_LISTED_ROWS];
     u64* room = (u64*)shared;
     const Lists lists = {keys, key_sums, guesses};
-    fetch_lists(room, lists, 0, listed_rows, 128);
+    for (int r = threadIdx.x / 32; r < listed_rows; r += 4) fetch_lists(room + r * guesses * PLACES, lists, r, lane);
     commit_copies();
     wait_copies<0>();
-    __syncthreads();
+    __syncwarp();
     for (int r = threadIdx.x / 32; r < listed_rows; r += 4) {
         const u64* listed = room + r * guesses * PLACES;
         merge_lists(listed, guesses, best[r], lane);

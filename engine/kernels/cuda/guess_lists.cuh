@@ -15,11 +15,10 @@ struct Lists {
     int guesses;
 };
 
-// Bring the lists of `rows` rows from row `first` on into shared memory, by `threads` threads; they commit their copies.
-__device__ __forceinline__ void fetch_lists(u64* to, const Lists& lists, int first, int rows, int threads) {
-    const int row_keys = lists.guesses * PLACES;
-    const u64* from = lists.keys + (long long)first * row_keys;
-    for (int i = threadIdx.x; i < rows * row_keys / 2; i += threads) copy16_async(to + 2 * i, from + 2 * i);
+// Bring a row's lists into shared memory, by the warp that merges them; it commits its copies.
+__device__ __forceinline__ void fetch_lists(u64* to, const Lists& lists, int row, int lane) {
+    const u64* from = lists.keys + (long long)row * lists.guesses * PLACES;
+    for (int i = lane; i < lists.guesses * PLACES / 2; i += 32) copy16_async(to + 2 * i, from + 2 * i);
 }
 
 // A row's best keys in order, by a warp: best [guesses].
@@ -28,17 +27,20 @@ __device__ __forceinline__ void merge_lists(const u64* keys, int guesses, u64* b
     int depths[LANE_PLACES] = {};
 #pragma unroll
     for (int i = 0; i < LANE_PLACES; ++i) heads[i] = lane + 32 * i < PLACES ? keys[lane + 32 * i] : 0;
-    for (int rank = 0; rank < guesses; ++rank) {
+    auto largest = [&] {
         u64 mine = heads[0];
 #pragma unroll
         for (int i = 1; i < LANE_PLACES; ++i) mine = max(mine, heads[i]);
-        const u32 top = warp_max_bits((u32)(mine >> 32));
-        const u32 low = warp_max_bits((u32)(mine >> 32) == top ? (u32)mine : 0);
-        const u64 winner = ((u64)top << 32) | low;
-        if (lane == 0) best[rank] = winner;
+        return mine;
+    };
+    u64 mine = largest();
+    for (int rank = 0; rank < guesses; ++rank) {
+        if (!is_warp_max(mine)) continue;
+        best[rank] = mine;
 #pragma unroll
         for (int i = 0; i < LANE_PLACES; ++i)
-            if (heads[i] == winner && winner) heads[i] = ++depths[i] < guesses ? keys[depths[i] * PLACES + lane + 32 * i] : 0;
+            if (heads[i] == mine) heads[i] = ++depths[i] < guesses ? keys[depths[i] * PLACES + lane + 32 * i] : 0;
+        mine = largest();
     }
 }
 
@@ -69,12 +71,12 @@ __device__ __forceinline__ void settle_guesses(
     SHARED u64 best[8][MOST_GUESSES];
     SHARED float totals[8];
     const int lane = threadIdx.x & 31, warp = threadIdx.x / 32;
-    fetch_lists(room, lists, first, rows, 256);
-    commit_copies();
-    wait_copies<0>();
-    __syncthreads();
     if (warp < rows) {
-        const u64* keys = room + warp * lists.guesses * PLACES;
+        u64* keys = room + warp * lists.guesses * PLACES;
+        fetch_lists(keys, lists, first + warp, lane);
+        commit_copies();
+        wait_copies<0>();
+        __syncwarp();
         merge_lists(keys, lists.guesses, best[warp], lane);
         __syncwarp();
         const float total = sum_places(keys, lists.sums + (first + warp) * PLACES, value_of(best[warp][0]), lane);

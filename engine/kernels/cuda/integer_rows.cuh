@@ -2,7 +2,8 @@
 // as two planes of int8 on the integer tensor cores: no weight is decoded. What thread blocks add together is in fixed
 // point, where the order of additions changes nothing: a draft is the same each time.
 //
-// Compile-time: HIDDEN (a multiple of 64), TOKEN_TILES (of 8 rows), COPIES (of sums, among which thread blocks take turns).
+// Compile-time: HIDDEN (a multiple of 64), TOKEN_TILES (of 8 rows), PAIRED (1: there are at most four rows, whose two planes
+// share a tile of the tensor cores), COPIES (of sums, among which thread blocks take turns).
 
 #include "norm_parts.cuh"
 
@@ -40,15 +41,15 @@ __device__ __forceinline__ float write_planes(u8* row, const float2 (&pairs)[PAI
 // Turn a row of 16-bit values in shared memory into its planes, a warp; with `normalizes` to unit RMS. Returns the scale.
 __device__ __forceinline__ float convert_row(u8* row, bool normalizes, float eps, int lane) {
     float2 pairs[PAIRS];
-    float squares = 0.0f;
+    float2 squares = make_float2(0.0f, 0.0f);
 #pragma unroll
     for (int i = 0; i < PAIRS; ++i) {
         pairs[i] = unpack2(*(const u32*)(row + 4 * (lane + 32 * i)));
-        squares = fmaf(pairs[i].x, pairs[i].x, fmaf(pairs[i].y, pairs[i].y, squares));
+        squares = make_float2(fmaf(pairs[i].x, pairs[i].x, squares.x), fmaf(pairs[i].y, pairs[i].y, squares.y));
     }
+    const float by = normalizes ? norm_scale(squares.x + squares.y, HIDDEN, eps) : 1.0f;
     __syncwarp();
-    const float scale = write_planes(row, pairs, lane);
-    return normalizes ? scale * norm_scale(squares, HIDDEN, eps) : scale;
+    return write_planes(row, pairs, lane) * by;
 }
 
 // What a lane holds of a tile of 16 rows x 64 k of int8 weights: rows 2g and 2g + 1, 32 k each.
@@ -61,34 +62,52 @@ __device__ __forceinline__ Codes load_codes(const uint4* weights, int tile, int 
     return {{load_once16(from), load_once16(from + 32)}};
 }
 
+// The same, not before the tile `before` has come. A kernel that asks for all its weights at once makes a queue, in which
+// the kernel that runs meanwhile waits for its values: on an H100 a draft of 36 nodes took 57 us so, and 54 us with AHEAD
+// tiles of each warp under way (63 and 58 us where the weights were not in the cache).
+constexpr int AHEAD = 2;
+__device__ __forceinline__ Codes load_codes_after(const Codes& before, const uint4* weights, int tile, int lane) {
+    return load_codes(known_after(before.halves[1].w, weights), tile, lane);
+}
+
 // A tile's products with eight rows, by plane, and with 2 CHAINS by half of each 64 k: sums that need not wait for each
-// other.
+// other. PAIRED, lanes have the high plane's of four rows, or the low plane's.
 template <int CHAINS> struct Products {
     int high[CHAINS][4], low[CHAINS][4];
 
-    __device__ __forceinline__ float sum(int i) const {  // exact up to 1024 k
-        const int last = CHAINS - 1;
-        return 256.0f * (last ? high[0][i] + high[last][i] : high[0][i]) + (last ? low[0][i] + low[last][i] : low[0][i]);
+    __device__ __forceinline__ float sum(int i, int lane) const {  // exact up to 1024 k
+        const int last = CHAINS - 1, first = last ? high[0][i] + high[last][i] : high[0][i];
+        if constexpr (PAIRED) return first * (lane & 2 ? 1.0f : 256.0f);
+        else return 256.0f * first + (last ? low[0][i] + low[last][i] : low[0][i]);
     }
 };
 
-// sums += a tile of weights * eight rows' planes; `row` is where this lane's row (lane % 8) has its 64 values, for lanes
-// from 8 on 16 bytes further for each eight.
+// The sum of what lanes have of a row: with PAIRED the two planes, on both lanes.
+__device__ __forceinline__ float both_planes(float sum) { return PAIRED ? sum + __shfl_xor_sync(~0u, sum, 2) : sum; }
+
+// From where the rows of a tile begin to what a lane loads of 64 values; and the same where all rows are one.
+__device__ __forceinline__ int one_offset(int lane) { return (lane >> 3) * 16 + (PAIRED ? (lane >> 2 & 1) * HIDDEN : 0); }
+__device__ __forceinline__ int lane_offset(int lane) { return (lane & (PAIRED ? 3 : 7)) * ROW_PITCH + one_offset(lane); }
+
+// sums += a tile of weights * eight rows' planes; `row` is where this lane loads.
 template <int CHAINS>
 __device__ __forceinline__ void multiply_codes(Products<CHAINS>& sums, const Codes& a, const u8* row) {
-    const uint4 h = load_matrices(row), l = load_matrices(row + HIDDEN), first = a.halves[0], second = a.halves[1];
+    const uint4 h = load_matrices(row), first = a.halves[0], second = a.halves[1];
     multiply16x8x32(sums.high[0], first.x, first.z, first.y, first.w, h.x, h.y);
-    multiply16x8x32(sums.low[0], first.x, first.z, first.y, first.w, l.x, l.y);
     multiply16x8x32(sums.high[CHAINS - 1], second.x, second.z, second.y, second.w, h.z, h.w);
-    multiply16x8x32(sums.low[CHAINS - 1], second.x, second.z, second.y, second.w, l.z, l.w);
+    if constexpr (!PAIRED) {
+        const uint4 l = load_matrices(row + HIDDEN);
+        multiply16x8x32(sums.low[0], first.x, first.z, first.y, first.w, l.x, l.y);
+        multiply16x8x32(sums.low[CHAINS - 1], second.x, second.z, second.y, second.w, l.z, l.w);
+    }
 }
 
 // ---- sums of many thread blocks: int32 [COPIES, ROWS, HIDDEN], two neighbours a 64-bit number ----
 
-// Add two neighbours; a carry from the lower one is taken back on reading.
-__device__ __forceinline__ void add_fixed(u64* to, float low, float high) {
+// Two neighbours as they are added; a carry from the lower one is taken back on reading.
+__device__ __forceinline__ u64 as_fixed(float low, float high) {
     const long long first = __float2int_rn(low * FIXED_ONE), second = __float2int_rn(high * FIXED_ONE);
-    atomicAdd(to, (u64)second * 0x100000000ull + (u64)first);
+    return (u64)second * 0x100000000ull + (u64)first;
 }
 
 // A lane's pairs of a row as they lie in memory.

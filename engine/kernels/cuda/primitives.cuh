@@ -112,6 +112,13 @@ __device__ __forceinline__ float2 load_once8(const void* address) {
     return v;
 }
 
+// A pointer as it is, but not known before a value has been loaded: a load through it is asked for after that one's end.
+template <typename T> __device__ __forceinline__ T* known_after(u32 value, T* pointer) {
+    u32 none;  // the compiler does not see that it is 0
+    asm volatile("{\n.reg .u32 t;\npopc.b32 t, %1;\nshr.u32 %0, t, 6;\n}" : "=r"(none) : "r"(value));
+    return pointer + none;
+}
+
 // Load now, not where the compiler finds the value needed: what hides a wait is worth registers.
 __device__ __forceinline__ uint4 load_early16(const void* address) {
     uint4 v;

@@ -23,6 +23,15 @@ __device__ __forceinline__ u64 warp_max(u64 key) {
     return key;
 }
 
+// Whether a lane's key is the warp's largest; keys differ but for 0, and where all are 0, all are the largest.
+__device__ __forceinline__ bool is_warp_max(u64 key) {
+    const u32 high = (u32)(key >> 32), low = (u32)key;
+    const bool is_top = high == warp_max_bits(high);
+    const u32 tops = __ballot_sync(~0u, is_top);
+    if ((tops & (tops - 1)) == 0) return is_top;
+    return is_top & (low == warp_max_bits(is_top ? low : 0));
+}
+
 __device__ __forceinline__ u64 block_max(u64 key, u64* parts) {  // every thread gets the result; 32 parts in shared memory
     key = warp_max(key);
     if ((threadIdx.x & 31) == 0) parts[threadIdx.x / 32] = key;
