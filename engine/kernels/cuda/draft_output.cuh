@@ -53,8 +53,8 @@ __device__ __forceinline__ float sum_exponentials(const float* scores, const int
 }
 
 // Grid: PLACES, of 256 threads. x [1 or rows, HIDDEN], x_stride values apart, to which `added` (sums as in
-// integer_rows.cuh, or null) is added; weights int8 [n, HIDDEN] in tiles, scales float2 [n / 2]; token_map [n] or null; keys [rows, guesses, gridDim.x], sums
-// [rows, gridDim.x]. The embedding of each place's best token is asked for ahead, where there is a table.
+// integer_rows.cuh, or null) is added; weights int8 [n, HIDDEN] in tiles, scales float2 [n / 2]; token_map [n] or null;
+// keys [rows, guesses, gridDim.x], sums [rows, gridDim.x]. The embedding of each place's best token is asked for ahead, where there is a table.
 extern "C" __global__ void __launch_bounds__(256, 2) draft_output(
     const u16* x, int x_stride, const int* added, const uint4* weights, const float2* scales, const int* token_map, u64* keys,
     float* sums, const u8* table, int row_bytes, int rows, int n, int guesses) {
