@@ -54,7 +54,7 @@ __device__ __forceinline__ QueryPiece query_piece(
 #pragma unroll
     for (int i = 0; i < 2; ++i)
         share.to[i] = piece_at<HEAD_DIM>((u16*)(memory + QUERY_AT), row, piece + i * PIECES / 2);
-    share.turns = load_turns(angles + (long long)(place.length + depth[owner.node]) * (HEAD_DIM / 2), piece * 8);
+    share.turns = load_turns(angles + (long long)(place.length + __ldcg(depth + owner.node)) * (HEAD_DIM / 2), piece * 8);
     return share;
 }
 

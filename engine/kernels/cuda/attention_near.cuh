@@ -8,7 +8,7 @@ struct NearKeys {
 // The node that has key lane % 16 of the near keys, or -1 for a key of the cache.
 __device__ __forceinline__ int near_owner(const int* ancestor_at, int node, int first, int length) {
     int above = first + (threadIdx.x & 15) - length;
-    return above >= 0 ? ancestor_at[node * NEAR + above] : -1;
+    return above >= 0 ? __ldcg(ancestor_at + node * NEAR + above) : -1;
 }
 
 // Ask for the angles of the positions from `length` on that the node's path takes. Several warps may write the same

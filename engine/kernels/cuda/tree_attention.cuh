@@ -100,7 +100,7 @@ __device__ __forceinline__ void far_warps(
 #pragma unroll
     for (int i = 0; i < 2 * ROW_TILES; ++i) {
         int node = row_owner(place, 8 * i + g).node;
-        end[i / 2][i % 2] = node < 0 ? 0 : place.length + in.depth[node] - NEAR + 1;
+        end[i / 2][i % 2] = node < 0 ? 0 : place.length + __ldcg(in.depth + node) - NEAR + 1;
     }
     const QueryPiece share = query_piece(memory, threadIdx.x, in.qkv, in.angles, in.depth, place);
     const Fetch fetch = fetch_of(in.keys, in.values, place.slot);
@@ -141,7 +141,7 @@ __device__ __forceinline__ void near_warp(
         wait_until_keys_done();
         return;
     }
-    const int node = task / NODE_TASKS, depth = in.depth[node], first = place.length + depth - NEAR + 1;
+    const int node = task / NODE_TASKS, depth = __ldcg(in.depth + node), first = place.length + depth - NEAR + 1;
     float2* angles = (float2*)(memory + ANGLES_AT);
     u16* near_values = (u16*)(memory + NEAR_VALUES_AT) + warp * NEAR * HEAD_DIM;
     const int owner = near_owner(in.ancestor_at, node, first, place.length);
@@ -178,7 +178,8 @@ __device__ __forceinline__ void near_warp(
 // What is read before the wait: lengths, tables and committed rows, written before this pass over the layers began.
 // The pass's first kernel, embed_tokens, lets the next one start only after it has itself waited, so that no kernel of
 // the pass runs before all that is older has ended. Kernels of the pass itself write none of it, except for the rows of
-// a prompt's chunk: there everything waits.
+// a prompt's chunk, where everything waits, and the tables of a pruned tree: that first kernel writes them, past the L1
+// cache for all to see, before it lets the next one start; so they are read past the L1 cache.
 #if CLUSTER > 1
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)
 #else
