@@ -28,7 +28,6 @@ from engine.kernels import nvrtc
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
 from engine.kernels.cpu_native import NativeLinear
 from engine.kernels.nvrtc import KernelCompileError
-from engine.kernels.tune_nf4 import choose_config
 from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
 from engine.native_drafter import NativeDrafter
 from engine.native_runner import NativeRunner
@@ -150,7 +149,8 @@ def _cuda_runner(
     dtype = _cuda_dtype()
     packed = pack_backbone(config, weights, quantize=quantize, dtype=dtype, device="cuda")
     label = str(dtype).removeprefix("torch.") if quantize == "none" else quantize
-    runner = CudaRunner(config, packed, label=f"{label} on CUDA kernels", choose=choose_config)
+    runner = CudaRunner(config, packed, label=f"{label} on CUDA kernels")
+    runner.measure_in_passes()
     say("Preparing the GPU's kernels (longer at the first start on a machine)")
     compile_candidates(packed.matrices, (*WARM_ROWS, *(size + 1 for size in SIZES)))
     runner.warm_up()

@@ -38,10 +38,15 @@ class Forward:
             rows: torch.arange(-rows, 0, dtype=torch.int32).to(memory.device) for rows in CHUNKS
         }  # counted back from the chunk's end: all its keys are in the cache by then
 
-    def tree(self, plan: TreePlan, unsettled: Unsettled | None = None) -> None:
+    @property
+    def num_layers(self) -> int:
+        return len(self._weights.layers)
+
+    def tree(self, plan: TreePlan, unsettled: Unsettled | None = None, *, layers: int | None = None) -> None:
         """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token.
 
         The tree's last guesses may be `unsettled`; they are not afterwards. Of a pruned tree the kept nodes are run.
+        `layers` stops behind so many of them, for measurements.
         """
         memory, nodes = self._memory, plan.verified
         rows = nodes.num_nodes
@@ -59,7 +64,7 @@ class Forward:
             fused_ops.embed_tokens(nodes.tokens, table, memory.record, x, load=self._load)
         else:
             embed_guessed(unsettled, table, memory.record, x, load=self._load)
-        self._layers(rows, attend)
+        self._layers(rows, attend, layers)
 
     def finish_tree(self, rows: int) -> None:
         """Put the hidden states of the tree's nodes where `commit` reads them."""
@@ -114,10 +119,10 @@ class Forward:
         self.finish_tree(rows)
         return self._linear(memory.hidden[:rows], lm_head, best=best, out=out)
 
-    def _layers(self, rows: int, attend: Callable[[int, Tensor], None]) -> None:
+    def _layers(self, rows: int, attend: Callable[[int, Tensor], None], count: int | None = None) -> None:
         memory, linear = self._memory, self._linear
         x, attended = memory.x[:rows], memory.attended[:rows].flatten(1)
-        for index, layer in enumerate(self._weights.layers):
+        for index, layer in enumerate(self._weights.layers[:count]):
             attend(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
             linear(attended, layer.attention_output, residual=x, out=x)
             inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows])

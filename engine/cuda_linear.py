@@ -1,6 +1,7 @@
 """Packed matrices ready to run: the configuration of each launch is chosen once, before anything is captured."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
@@ -9,7 +10,7 @@ from engine.kernels.linear_config import LinearConfig, default_config, rows_meas
 from engine.kernels.linear_inputs import Norm, Seen
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear, Workspace, run_linear
 
-__all__ = ["Choose", "LinearBank", "choose_default"]
+__all__ = ["Choose", "LinearBank", "choose_default", "shape_key"]
 
 Choose = Callable[[PackedLinear, int, Workspace], LinearConfig]  # (matrix, rows, scratch memory) -> how to launch
 
@@ -19,11 +20,16 @@ def choose_default(weight: PackedLinear, rows: int, workspace: Workspace) -> Lin
     return default_config(weight.n, weight.k, rows, weight.decode)
 
 
+def shape_key(weight: PackedLinear, rows: int) -> tuple[int, ...]:
+    """Name what matrices launched alike have in common; the number of rows comes last."""
+    return weight.decode, weight.n, weight.k, weight.is_normed, rows_measured(rows)
+
+
 class LinearBank:
     """Runs matrices on one stream. `prepare` must have seen a matrix and its number of rows before a capture does."""
 
     def __init__(self, device: torch.device | str, load: LoadKernel, choose: Choose) -> None:
-        self._device, self._load, self._choose = device, load, choose
+        self._device, self._load, self.choose = device, load, choose
         self._workspace = Workspace(device)
         self._configs: dict[tuple[int, ...], LinearConfig] = {}
 
@@ -60,15 +66,27 @@ class LinearBank:
             load=self._load,
         )
 
+    @contextmanager
+    def trying(self, configs: Mapping[tuple[int, ...], LinearConfig]) -> Iterator[None]:
+        """Launch matrices of these `shape_key`s so for a while; for measurements."""
+        before, workspace = dict(self._configs), self._workspace
+        self._configs.update(configs)
+        self._workspace = Workspace(self._device)
+        self._workspace.reserve(max(config.workspace_floats(key[1]) for key, config in self._configs.items()))
+        try:
+            yield
+        finally:
+            self._configs, self._workspace = before, workspace
+
     @property
     def num_bytes(self) -> int:
         return self._workspace.partial.nbytes + self._workspace.counters.nbytes
 
     def config(self, weight: PackedLinear, rows: int) -> LinearConfig:
         """Return how a matrix is launched for so many rows."""
-        key = (weight.decode, weight.n, weight.k, weight.is_normed, rows_measured(rows))
+        key = shape_key(weight, rows)
         if key not in self._configs:
-            config = self._choose(weight, rows, Workspace(self._device))
+            config = self.choose(weight, rows, Workspace(self._device))
             assert config.is_frugal(weight.n), f"{config} needs {config.workspace_floats(weight.n)} floats"
             self._workspace.reserve(config.workspace_floats(weight.n))
             self._configs[key] = config

@@ -70,6 +70,15 @@ class StepMemory:
             self._logits = torch.zeros(roomy(rows) * vocab, device=self.device)
         return self._logits[: rows * vocab].view(rows, -1)
 
+    def logits_room(self) -> tuple[Tensor, int]:
+        """Return the room for scores as it is, for `use_logits_room`."""
+        return self._logits, len(self._outgrown)
+
+    def use_logits_room(self, room: tuple[Tensor, int]) -> None:
+        """Give back what room has been made since, where nothing that was captured uses it."""
+        self._logits, kept = room
+        del self._outgrown[kept:]
+
     def keys_of_best(self, rows: int, places: int) -> Tensor:
         """Return room for the keys of each row's best token by place, int64 [rows, places]."""
         return self._keys[: rows * places].view(rows, places)

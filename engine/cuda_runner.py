@@ -17,6 +17,7 @@ from engine.cuda_forward import CHUNKS, Forward
 from engine.cuda_graphs import GraphCache
 from engine.cuda_linear import Choose, LinearBank, choose_default
 from engine.cuda_memory import MAX_ROWS, OUTBOX_SIZE, StepMemory
+from engine.cuda_pass_tuning import PassTuner
 from engine.cuda_plan import TreePlan, VerifiedNodes
 from engine.cuda_weights import PackedBackbone
 from engine.draft import Draft
@@ -190,6 +191,10 @@ class CudaRunner:
             "buffers": self.memory.work_bytes + self.linear.num_bytes,
             "graphs": self.graphs.num_bytes,
         }
+
+    def measure_in_passes(self) -> None:
+        """Choose the launches of matrices, from now on, by what a pass through the layers takes with them."""
+        self.linear.choose = PassTuner(self._forward, self.memory, self.linear, self._packed.matrices)
 
     def warm_up(self) -> None:
         """Choose and load what every answer needs. Raises KernelCompileError where this machine cannot run it."""

@@ -3,6 +3,7 @@
 Every candidate gives the same bits, so a choice made on one machine, or made anew, changes no text.
 """
 
+import contextlib
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -28,7 +29,10 @@ from engine.kernels.linear_inputs import Norm
 from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 
-__all__ = ["candidates", "choose_config", "time_graph", "tune"]
+__all__ = [
+    "MeasuredConfigs", "cache_bytes", "candidates", "choose_config", "kept_configs", "time_graph", "tune",
+    "usable_candidates",
+]  # fmt: skip
 
 # (row_tiles, row_warps, slice_warps, depth, min_blocks) by token tiles
 CUTS: dict[int, list[tuple[int, int, int, int, int]]] = {
@@ -188,8 +192,7 @@ def tune(
     """
     x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
     rounds = copies(weight, LAUNCHES)
-    tries = candidates(weight.decode, tokens, weight.n, weight.k) if tries is None else tries
-    tries = [config for config in tries if not _spills(config, weight)] or tries
+    tries = usable_candidates(weight, tokens) if tries is None else tries
     out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
     # A few copies of a small matrix would stay in the cache. (Filling it with copies instead chose launches that took
@@ -201,6 +204,12 @@ def tune(
     expected = run_linear(x, weight, portable, workspace)
     agree = [pair for pair in timed if torch.equal(run_linear(x, weight, pair[1], workspace), expected)]
     return agree or [(math.inf, portable)]
+
+
+def usable_candidates(weight: PackedLinear, tokens: int) -> list[LinearConfig]:
+    """List the configurations worth trying whose threads have registers enough, where there are such."""
+    tries = candidates(weight.decode, tokens, weight.n, weight.k)
+    return [config for config in tries if not _spills(config, weight)] or tries
 
 
 def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
@@ -225,33 +234,49 @@ def _time_config(
     return time_graph(launch, max(len(rounds), LAUNCHES // 2), repeats=3, before=flush.zero_)
 
 
-def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
-    """Return the fastest known configuration for this GPU, measuring it where nobody has yet."""
-    rows = rows_measured(tokens)
-    key = f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{rows}{'/norm' * weight.is_normed}"
-    table = _table()
-    if key not in table:
-        table[key] = tune(weight, rows, workspace)[0][1].to_dict()
-        torch.cuda.empty_cache()  # the copies
-        _save(table)
-    return LinearConfig(**table[key])
+class MeasuredConfigs:
+    """The fastest launches known for this GPU, kept in a file for all models."""
+
+    def __init__(self, path: Path | None = None) -> None:
+        self._path = path or _path()
+        self._table: dict[str, LinearConfig] = {}
+        with contextlib.suppress(OSError, ValueError, TypeError, AttributeError):  # measured again
+            kept = json.loads(self._path.read_text())
+            self._table = {name: LinearConfig(**config) for name, config in kept.items()}
+
+    def get(self, weight: PackedLinear, rows: int) -> LinearConfig | None:
+        return self._table.get(_name(weight, rows))
+
+    def put(self, weight: PackedLinear, rows: int, config: LinearConfig) -> None:
+        self._table[_name(weight, rows)] = config
+        kept = {name: each.to_dict() for name, each in self._table.items()}
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            self._path.write_text(json.dumps(kept, indent=1))
+        except OSError:
+            return  # measured again next time
+
+
+def _name(weight: PackedLinear, rows: int) -> str:
+    return f"{weight.n}x{weight.k}/{weight.decode}/{weight.dtype}/{rows_measured(rows)}{'/norm' * weight.is_normed}"
 
 
 @cache
-def _table() -> dict[str, dict[str, int]]:
-    path = _path()
-    return json.loads(path.read_text()) if path.is_file() else {}
+def kept_configs() -> MeasuredConfigs:
+    """Return what is known in this process, which one file stands behind."""
+    return MeasuredConfigs()
 
 
-def _save(table: dict[str, dict[str, int]]) -> None:
-    path = _path()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(table, indent=1))
-    except OSError:
-        return  # measured again next time
+def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
+    """Return the fastest known configuration for this GPU, measuring the matrix by itself where nobody has yet."""
+    found = kept_configs().get(weight, tokens)
+    if found is None:
+        found = tune(weight, rows_measured(tokens), workspace)[0][1]
+        torch.cuda.empty_cache()  # the copies
+        kept_configs().put(weight, tokens, found)
+    return found
 
 
 def _path() -> Path:
     name = torch.cuda.get_device_name().replace(" ", "-").replace("/", "-")
-    return cache_folder() / f"linear-{name}-v6.json"
+    return cache_folder() / f"linear-{name}-v7.json"
