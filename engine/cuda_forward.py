@@ -66,6 +66,10 @@ class Forward:
             embed_guessed(unsettled, table, memory.record, x, load=self._load)
         self._layers(rows, attend, layers)
 
+    def read_embedding(self) -> None:
+        """Have the GPU's cache hold the embeddings instead of anything else, as far as they are large enough."""
+        self._weights.embedding.sum()
+
     def finish_tree(self, rows: int) -> None:
         """Put the hidden states of the tree's nodes where `commit` reads them."""
         self._norm(self._memory.x[:rows], self._weights.norm, self._memory.hidden[:rows])

@@ -33,8 +33,8 @@ from engine.tree import CandidateTree
 __all__ = ["PassTuner"]
 
 _CONTEXT = 256  # committed rows that attention reads in a measured pass
-_PASS_CACHES = 3  # of the GPU's cache, at least, are read in a pass
-_FINALISTS = 4  # of the candidates that are timed twice
+_PASS_CACHES = 1.5  # of the GPU's cache, at least, are read in a pass
+_FINALISTS = 3  # of the candidates that are timed twice
 _WARM_PASSES = 40  # for the clocks to rise
 
 Launch = Callable[[], object]
@@ -63,13 +63,14 @@ class PassTuner:
         self._time = time or (lambda launch: time_graph(lambda _: launch(), 1, repeats=5))
         self._matrices = {shape_key(matrix, 1)[:-1]: matrix for matrix in matrices}
         *in_layers, self._lm_head = matrices
+        self._is_warm = False
         self._layer_bytes = sum(matrix.num_bytes for matrix in in_layers) / forward.num_layers
 
     def __call__(self, weight: PackedLinear, rows: int, workspace: Workspace) -> LinearConfig:
         """Return the fastest known launch, measuring where nobody has yet."""
         rows = rows_measured(rows)
         if shape_key(weight, rows)[:-1] not in self._matrices:
-            return choose_config(weight, rows, workspace)
+            return choose_config(weight, rows, workspace, self._forward.read_embedding)
         found = self._kept.get(weight, rows)
         if found is None:
             found = self._measure(weight, rows)
@@ -84,7 +85,8 @@ class PassTuner:
             with self._linear.trying({key: default_config(weight.n, weight.k, rows, weight.decode)}):
                 launch()
                 expected = result()
-                if self._memory.device == "cuda":
+                if self._memory.device == "cuda" and not self._is_warm:
+                    self._is_warm = True
                     for _ in range(_WARM_PASSES):
                         launch()
 

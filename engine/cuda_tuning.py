@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from engine.kernels.linear_config import MAX_PLACES, rows_measured
+from engine.kernels.linear_config import MAX_PLACES, default_config, rows_measured
 from engine.kernels.nvrtc import compile_ahead
 from engine.kernels.small_batch_linear import PackedLinear
 from engine.kernels.tune_nf4 import candidates
@@ -15,7 +15,8 @@ def compile_candidates(matrices: Sequence[PackedLinear], rows: Sequence[int]) ->
     jobs = {}
     for count in {rows_measured(count) for count in rows}:
         for matrix in matrices:
-            for config in candidates(matrix.decode, count, matrix.n, matrix.k):
+            default = default_config(matrix.n, matrix.k, count, matrix.decode)
+            for config in (default, *candidates(matrix.decode, count, matrix.n, matrix.k)):
                 is_head = matrix is matrices[-1]
                 best = is_head and bool(config.resident) and config.num_places(matrix.n) <= MAX_PLACES
                 norm = (matrix.is_normed or is_head) and config.can_normalize(matrix.k)

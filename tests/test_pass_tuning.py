@@ -98,7 +98,7 @@ def test_other_matrices_are_measured_by_themselves(weights: BackboneWeights, dev
                                                    monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
     asked: list[int] = []
 
-    def alone(weight: PackedLinear, rows: int, workspace: object) -> LinearConfig:
+    def alone(weight: PackedLinear, rows: int, *memory: object) -> LinearConfig:
         asked.append(rows)
         return default_config(weight.n, weight.k, rows, weight.decode)
 

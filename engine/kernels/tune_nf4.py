@@ -89,6 +89,7 @@ WGMMA_CUTS: dict[int, list[tuple[int, int, int, int, int, int, int]]] = {
     ],
 }
 WGMMA_LEAST_K = 1024
+FEW_LAUNCHES = 4  # where memory is dear
 LAUNCHES = 48  # captured for one measurement, each on a matrix of its own where that is small
 SMALL = 4 << 20  # values of a matrix that is read in no time: how soon the kernel comes to its end decides
 LARGE_N = 8192  # rows from which thread blocks go through several row blocks
@@ -183,22 +184,30 @@ def cache_bytes() -> int:
 
 
 def tune(
-    weight: PackedLinear, tokens: int, workspace: Workspace, *, tries: Sequence[LinearConfig] | None = None
+    weight: PackedLinear,
+    tokens: int,
+    workspace: Workspace,
+    *,
+    tries: Sequence[LinearConfig] | None = None,
+    clear_cache: Callable[[], object] | None = None,
 ) -> list[tuple[float, LinearConfig]]:
     """Time candidate configurations on this matrix: (microseconds, config), fastest first.
 
-    One whose bits are not those of the portable kernel is left out: that Hopper's instruction adds alike is not
-    promised anywhere.
+    With `clear_cache`, which leaves nothing of the matrix in the GPU's cache, little memory is taken. One whose bits
+    are not those of the portable kernel is left out: that Hopper's instruction adds alike is not promised anywhere.
     """
     x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
-    rounds = copies(weight, LAUNCHES)
+    is_frugal = clear_cache is not None
+    rounds = copies(weight, FEW_LAUNCHES if is_frugal else LAUNCHES)
     tries = usable_candidates(weight, tokens) if tries is None else tries
     out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
     # A few copies of a small matrix would stay in the cache. (Filling it with copies instead chose launches that took
     # 7 % more of a real step at 8 rows, on an H100.)
-    flush = torch.empty(cache_bytes(), dtype=torch.uint8, device=x.device)
-    timed = [(_time_config(x, rounds, config, workspace, out, flush), config) for config in tries]
+    if clear_cache is None:
+        clear_cache = torch.empty(cache_bytes(), dtype=torch.uint8, device=x.device).zero_
+    launches = len(rounds) if is_frugal else max(len(rounds), LAUNCHES // 2)
+    timed = [(_time_config(x, rounds, launches, config, workspace, out, clear_cache), config) for config in tries]
     timed.sort(key=lambda pair: pair[0])
     portable = default_config(weight.n, weight.k, tokens, weight.decode)
     expected = run_linear(x, weight, portable, workspace)
@@ -220,7 +229,13 @@ def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
 
 
 def _time_config(
-    x: Tensor, rounds: list[PackedLinear], config: LinearConfig, workspace: Workspace, out: Tensor, flush: Tensor
+    x: Tensor,
+    rounds: list[PackedLinear],
+    launches: int,
+    config: LinearConfig,
+    workspace: Workspace,
+    out: Tensor,
+    clear_cache: Callable[[], object],
 ) -> float:
     factors = torch.ones_like(x[0])
     norm = Norm(factors, 1e-5) if rounds[0].is_normed and config.can_normalize(x.shape[1]) else None
@@ -231,7 +246,7 @@ def _time_config(
             fused_ops.rms_norm(x, factors, 1e-5, out=normed)
         return run_linear(x, rounds[i % len(rounds)], config, workspace, norm=norm, out=out)
 
-    return time_graph(launch, max(len(rounds), LAUNCHES // 2), repeats=3, before=flush.zero_)
+    return time_graph(launch, launches, repeats=9 if launches <= FEW_LAUNCHES else 3, before=clear_cache)
 
 
 class MeasuredConfigs:
@@ -267,11 +282,13 @@ def kept_configs() -> MeasuredConfigs:
     return MeasuredConfigs()
 
 
-def choose_config(weight: PackedLinear, tokens: int, workspace: Workspace) -> LinearConfig:
+def choose_config(
+    weight: PackedLinear, tokens: int, workspace: Workspace, clear_cache: Callable[[], object] | None = None
+) -> LinearConfig:
     """Return the fastest known configuration for this GPU, measuring the matrix by itself where nobody has yet."""
     found = kept_configs().get(weight, tokens)
     if found is None:
-        found = tune(weight, rows_measured(tokens), workspace)[0][1]
+        found = tune(weight, rows_measured(tokens), workspace, clear_cache=clear_cache)[0][1]
         torch.cuda.empty_cache()  # the copies
         kept_configs().put(weight, tokens, found)
     return found
