@@ -16,7 +16,6 @@ from engine.kernels import fused_ops, nvrtc
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.draft_ops import draft_tokens
 from engine.kernels.int8_linear import Int8Weight, pack_int8
-from engine.kernels.linear_config import LinearConfig, rows_measured
 from engine.kernels.nf4_linear import Nf4Weight, pack_nf4
 from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 from engine.kernels.tree_attention import (
@@ -26,7 +25,7 @@ from engine.kernels.tree_attention import (
     ancestor_table,
     tree_attention,
 )
-from engine.kernels.tune_nf4 import time_graph, usable_candidates
+from engine.kernels.tune_nf4 import time_graph
 from engine.tree import CandidateTree
 
 MODELS = {  # hidden, layers, heads, kv heads, head dim, intermediate, vocabulary
@@ -128,7 +127,6 @@ class Stack:
         self.hidden, self.layers, self.heads, self.kv_heads, self.head_dim, self.inner, self.vocab = MODELS[name]
         self.report, self.kind, self.load = report, kind, nvrtc.load_kernel
         self.workspace = Workspace("cuda")
-        self.num_run = self.layers  # of them, in a step; the output matrix belongs to a whole one
         width, head_dim = self.hidden, self.head_dim
         sizes = [((self.heads + 2 * self.kv_heads) * head_dim, width), (width, self.heads * head_dim)]
         sizes += [(2 * self.inner, width), (width, self.inner)]
@@ -171,29 +169,9 @@ class Stack:
         config = config_for(self.report, weight, x.shape[0])
         return run_linear(x, weight, config, self.workspace, load=self.load, **options)
 
-    def tune(self, layers: int = 4, finalists: int = 4) -> None:
-        """Choose the launches of the layers' matrices by what a pass through a few layers takes with them.
-
-        The engine does so too (`engine.cuda_pass_tuning`): what is fastest by itself need not be so beside others.
-        """
-        self.num_run, nodes = layers, self.tree.num_nodes
-        for weight in self.weights[0]:
-            key = weight.decode, weight.n, weight.k, rows_measured(nodes)
-
-            def milliseconds(config: LinearConfig, weight: PackedLinear = weight, key: Any = key) -> float:
-                self.report.best[key] = config
-                self.workspace.reserve(config.workspace_floats(weight.n))
-                return _time_step(self)
-
-            timed = [(milliseconds(config), config) for config in usable_candidates(weight, nodes)]
-            timed.sort(key=lambda pair: pair[0])
-            again = [(min(took, milliseconds(config)), config) for took, config in timed[:finalists]]
-            self.report.best[key] = min(again, key=lambda pair: pair[0])[1]
-        self.num_run = self.layers
-
     def step(self) -> None:
         x = self.x
-        for layer, (qkv, output, gate_up, down) in enumerate(self.weights[: self.num_run]):
+        for layer, (qkv, output, gate_up, down) in enumerate(self.weights):
             h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), qkv)
             keys, values = (cache[layer] for cache in self.cache)
             scratch = self.scratch[0][layer], self.scratch[1][layer]
@@ -204,8 +182,6 @@ class Stack:
             x = self.linear(attended.flatten(1), output, residual=x)
             h = self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), gate_up)
             x = self.linear(h, down, residual=x)
-        if self.num_run < self.layers:
-            return
         self.linear(fused_ops.rms_norm(x, self.norm, 1e-5, load=self.load), self.lm_head, out=self.logits)
         keys = fused_ops.argmax_keys(self.logits, load=self.load)
         fused_ops.accept_greedy(keys, self.tokens, self.parents, self.record, load=self.load)
@@ -218,14 +194,10 @@ def whole_step(name: str, kind: str = "nf4") -> Callable[[Report], Any]:
     def part(report: Report) -> dict[str, Any]:
         results: dict[str, Any] = {}
         stack = Stack(name, kind, report)
-        for nodes in (1, 8, 4, 16, 32, 63):
+        for nodes in (1, 4, 8, 16, 32, 63):
             stack.set_tree(nodes)
             stack.load = nvrtc.load_kernel
-            row: dict[str, float] = {}
-            if nodes != 4:  # which is launched as 8 are
-                row["ms_tuned_alone"] = round(_time_step(stack), 4)
-                stack.tune()
-            row["ms"] = round(_time_step(stack), 4)
+            row = {"ms": round(_time_step(stack), 4)}
             if nodes in (1, 32):
                 stack.load = alone
                 row["ms_alone"] = round(_time_step(stack), 4)
