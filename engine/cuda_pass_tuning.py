@@ -59,10 +59,11 @@ class PassTuner:
     ) -> None:
         self._forward, self._memory, self._linear = forward, memory, linear
         self._kept = kept or kept_configs()
-        self._tries = tries or usable_candidates
+        self._tries = tries
         self._time = time or (lambda launch: time_graph(lambda _: launch(), 1, repeats=5))
         self._matrices = {shape_key(matrix, 1)[:-1]: matrix for matrix in matrices}
         *in_layers, self._lm_head = matrices
+        self._in_layers = list({shape_key(matrix, 1): matrix for matrix in in_layers}.values())
         self._is_warm = False
         self._layer_bytes = sum(matrix.num_bytes for matrix in in_layers) / forward.num_layers
 
@@ -80,9 +81,12 @@ class PassTuner:
     def _measure(self, weight: PackedLinear, rows: int) -> LinearConfig:
         key = shape_key(weight, rows)
         is_head = key == shape_key(self._lm_head, rows)
+        tries = self._tries(weight, rows) if self._tries else usable_candidates(weight, rows, is_head=is_head)
+        default = default_config(weight.n, weight.k, rows, weight.decode)
+        default = default if default.is_frugal(weight.n) else tries[0]
         with self._untouched(), self._linear.trying(self._others(rows)):
             launch, result = self._pass(rows, is_head)
-            with self._linear.trying({key: default_config(weight.n, weight.k, rows, weight.decode)}):
+            with self._linear.trying({key: default}):
                 launch()
                 expected = result()
                 if self._memory.device == "cuda" and not self._is_warm:
@@ -99,18 +103,17 @@ class PassTuner:
                     launch()
                     return torch.equal(result(), expected)
 
-            timed = sorted(((microseconds(config), config) for config in self._tries(weight, rows)), key=_first)
+            timed = sorted(((microseconds(config), config) for config in tries), key=_first)
             again = [(min(took, microseconds(config)), config) for took, config in timed[:_FINALISTS]]
             ordered = [config for _, config in [*sorted(again, key=_first), *timed[_FINALISTS:]]]
-            default = default_config(weight.n, weight.k, rows, weight.decode)
             return next((config for config in ordered if agrees(config)), default)
 
     def _others(self, rows: int) -> dict[tuple[int, ...], LinearConfig]:
-        """Return launches for all matrices of a pass: those known, or ones that suit."""
+        """Return launches for the layers' matrices: those known, or ones that suit."""
         return {
             shape_key(matrix, rows): self._kept.get(matrix, rows)
             or default_config(matrix.n, matrix.k, rows, matrix.decode)
-            for matrix in self._matrices.values()
+            for matrix in self._in_layers
         }
 
     def _pass(self, rows: int, is_head: bool) -> tuple[Launch, Callable[[], Tensor]]:

@@ -2,10 +2,10 @@
 
 from collections.abc import Sequence
 
-from engine.kernels.linear_config import MAX_PLACES, default_config, rows_measured
+from engine.kernels.linear_config import default_config, rows_measured
 from engine.kernels.nvrtc import compile_ahead
 from engine.kernels.small_batch_linear import PackedLinear
-from engine.kernels.tune_nf4 import candidates
+from engine.kernels.tune_nf4 import candidates, kernel_of
 
 __all__ = ["compile_candidates"]
 
@@ -17,9 +17,6 @@ def compile_candidates(matrices: Sequence[PackedLinear], rows: Sequence[int]) ->
         for matrix in matrices:
             default = default_config(matrix.n, matrix.k, count, matrix.decode)
             for config in (default, *candidates(matrix.decode, count, matrix.n, matrix.k)):
-                is_head = matrix is matrices[-1]
-                best = is_head and bool(config.resident) and config.num_places(matrix.n) <= MAX_PLACES
-                norm = (matrix.is_normed or is_head) and config.can_normalize(matrix.k)
-                source, _, defines, _ = config.kernel(matrix.k, matrix.dtype, norm=norm, best=best)
+                source, _, defines, _ = kernel_of(config, matrix, is_head=matrix is matrices[-1])
                 jobs[source, defines] = None
     compile_ahead(jobs)

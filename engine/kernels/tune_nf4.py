@@ -26,12 +26,12 @@ from engine.kernels.linear_config import (
     token_tiles_for,
 )
 from engine.kernels.linear_inputs import Norm
-from engine.kernels.nvrtc import cache_folder, load_kernel, multiprocessors, shared_memory_limit
+from engine.kernels.nvrtc import Defines, cache_folder, load_kernel, multiprocessors, shared_memory_limit
 from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
 
 __all__ = [
-    "MeasuredConfigs", "cache_bytes", "candidates", "choose_config", "kept_configs", "time_graph", "tune",
-    "usable_candidates",
+    "MeasuredConfigs", "cache_bytes", "candidates", "choose_config", "kept_configs", "kernel_of", "time_graph",
+    "tune", "usable_candidates",
 ]  # fmt: skip
 
 # (row_tiles, row_warps, slice_warps, depth, min_blocks) by token tiles
@@ -215,16 +215,25 @@ def tune(
     return agree or [(math.inf, portable)]
 
 
-def usable_candidates(weight: PackedLinear, tokens: int) -> list[LinearConfig]:
-    """List the configurations worth trying whose threads have registers enough, where there are such."""
+def usable_candidates(weight: PackedLinear, tokens: int, *, is_head: bool = False) -> list[LinearConfig]:
+    """List the configurations worth trying whose threads have registers enough, where there are such.
+
+    `is_head` says that the matrix is a backbone's `lm_head`, run for the best token of each row.
+    """
     tries = candidates(weight.decode, tokens, weight.n, weight.k)
-    return [config for config in tries if not _spills(config, weight)] or tries
+    return [config for config in tries if not _spills(config, weight, is_head)] or tries
 
 
-def _spills(config: LinearConfig, weight: PackedLinear) -> bool:
+def kernel_of(config: LinearConfig, weight: PackedLinear, *, is_head: bool = False) -> tuple[str, str, Defines, int]:
+    """Return what `load_kernel` is asked for when a pass through a backbone runs this matrix."""
+    best = is_head and bool(config.resident) and config.num_places(weight.n) <= MAX_PLACES
+    norm = (weight.is_normed or is_head) and config.can_normalize(weight.k)
+    return config.kernel(weight.k, weight.dtype, norm=norm, best=best)
+
+
+def _spills(config: LinearConfig, weight: PackedLinear, is_head: bool) -> bool:
     """Say whether threads of the kernel keep values in memory, of which the driver then holds some for all of them."""
-    norm = weight.is_normed and config.can_normalize(weight.k)
-    kernel = load_kernel(*config.kernel(weight.k, weight.dtype, norm=norm))
+    kernel = load_kernel(*kernel_of(config, weight, is_head=is_head))
     return kernel.resources(config.threads, config.shared_bytes(weight.k))["spilled_bytes"] > 0
 
 
