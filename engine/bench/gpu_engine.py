@@ -335,7 +335,7 @@ def _parts(bench: Bench, quantize: str, *, main: bool, until: float) -> Iterator
     yield "sampled", bench.sampled
     yield "memory", bench.memory
     if quantize != "none":
-        yield "toggle 80", bench.toggle(80, (4, 7, 15, 63), until)
+        yield "toggle 80", bench.toggle(80, (4, 7, 11, 15, 63), until)
 
 
 def _print(report: Report) -> None:
