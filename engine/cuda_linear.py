@@ -67,14 +67,13 @@ class LinearBank:
         )
 
     @contextmanager
-    def trying(self, configs: Mapping[tuple[int, ...], LinearConfig]) -> Iterator[None]:
-        """Launch matrices of these `shape_key`s so for a while; for measurements."""
+    def trying(self, room: int) -> Iterator[Callable[[Mapping[tuple[int, ...], LinearConfig]], None]]:
+        """Give a way to launch matrices otherwise for a while, by `shape_key`, with room for so many partial sums."""
         before, workspace = dict(self._configs), self._workspace
-        self._configs.update(configs)
         self._workspace = Workspace(self._device)
-        self._workspace.reserve(max(config.workspace_floats(key[1]) for key, config in self._configs.items()))
+        self._workspace.reserve(max(room, *(config.workspace_floats(key[1]) for key, config in before.items()), 0))
         try:
-            yield
+            yield self._configs.update
         finally:
             self._configs, self._workspace = before, workspace
 

@@ -8,6 +8,8 @@ choice changes no text; one whose bits differ all the same is left out.
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
+from statistics import median
 
 import torch
 from torch import Tensor
@@ -25,17 +27,15 @@ from engine.kernels.tune_nf4 import (
     cache_bytes,
     choose_config,
     kept_configs,
-    time_graph,
     usable_candidates,
 )
 from engine.tree import CandidateTree
 
-__all__ = ["PassTuner"]
+__all__ = ["Launch", "PassTuner", "time_by_turns"]
 
 _CONTEXT = 256  # committed rows that attention reads in a measured pass
 _PASS_CACHES = 1.5  # of the GPU's cache, at least, are read in a pass
-_FINALISTS = 3  # of the candidates that are timed twice
-_WARM_PASSES = 40  # for the clocks to rise
+_WARM_ROUNDS, _ROUNDS = 3, 15  # of replays; in the first the clocks rise
 
 Launch = Callable[[], object]
 
@@ -43,7 +43,7 @@ Launch = Callable[[], object]
 class PassTuner:
     """A `Choose` for the matrices of a backbone; others are measured by themselves.
 
-    `tries` and `time` are replaced in tests: the configurations worth trying, and the microseconds of a launch.
+    `tries` and `time` are replaced in tests: the configurations worth trying, and the microseconds of launches.
     """
 
     def __init__(
@@ -55,16 +55,15 @@ class PassTuner:
         *,
         kept: MeasuredConfigs | None = None,
         tries: Callable[[PackedLinear, int], list[LinearConfig]] | None = None,
-        time: Callable[[Launch], float] | None = None,
+        time: Callable[[Sequence[Launch]], list[float]] | None = None,
     ) -> None:
         self._forward, self._memory, self._linear = forward, memory, linear
         self._kept = kept or kept_configs()
         self._tries = tries
-        self._time = time or (lambda launch: time_graph(lambda _: launch(), 1, repeats=5))
+        self._time = time or time_by_turns
         self._matrices = {shape_key(matrix, 1)[:-1]: matrix for matrix in matrices}
         *in_layers, self._lm_head = matrices
         self._in_layers = list({shape_key(matrix, 1): matrix for matrix in in_layers}.values())
-        self._is_warm = False
         self._layer_bytes = sum(matrix.num_bytes for matrix in in_layers) / forward.num_layers
 
     def __call__(self, weight: PackedLinear, rows: int, workspace: Workspace) -> LinearConfig:
@@ -84,28 +83,25 @@ class PassTuner:
         tries = self._tries(weight, rows) if self._tries else usable_candidates(weight, rows, is_head=is_head)
         default = default_config(weight.n, weight.k, rows, weight.decode)
         default = default if default.is_frugal(weight.n) else tries[0]
-        with self._untouched(), self._linear.trying(self._others(rows)):
+        others = self._others(rows)
+        used = [*others.items(), *((key, config) for config in (default, *tries))]
+        room = max(config.workspace_floats(n) for (_, n, *_), config in used)
+        with self._untouched(), self._linear.trying(room) as use:
+            use(others)
             launch, result = self._pass(rows, is_head)
-            with self._linear.trying({key: default}):
-                launch()
-                expected = result()
-                if self._memory.device == "cuda" and not self._is_warm:
-                    self._is_warm = True
-                    for _ in range(_WARM_PASSES):
-                        launch()
 
-            def microseconds(config: LinearConfig) -> float:
-                with self._linear.trying({key: config}):
-                    return self._time(launch)
+            def run(config: LinearConfig) -> None:
+                use({key: config})
+                launch()
 
             def agrees(config: LinearConfig) -> bool:
-                with self._linear.trying({key: config}):
-                    launch()
-                    return torch.equal(result(), expected)
+                run(config)
+                return torch.equal(result(), expected)
 
-            timed = sorted(((microseconds(config), config) for config in tries), key=_first)
-            again = [(min(took, microseconds(config)), config) for took, config in timed[:_FINALISTS]]
-            ordered = [config for _, config in [*sorted(again, key=_first), *timed[_FINALISTS:]]]
+            run(default)
+            expected = result()
+            times = self._time([partial(run, config) for config in tries])
+            ordered = [config for _, config in sorted(zip(times, tries, strict=True), key=lambda pair: pair[0])]
             return next((config for config in ordered if agrees(config)), default)
 
     def _others(self, rows: int) -> dict[tuple[int, ...], LinearConfig]:
@@ -146,5 +142,34 @@ class PassTuner:
             memory.use_logits_room(room)
 
 
-def _first(pair: tuple[float, LinearConfig]) -> float:
-    return pair[0]
+def time_by_turns(launches: Sequence[Launch]) -> list[float]:
+    """Return the microseconds of each of these: captured once, replayed one after the other, medians of the rounds.
+
+    So the GPU has no time to rest between them, and what changes with time changes for all.
+    """
+    graphs = [_captured(launch) for launch in launches]
+    times: list[list[float]] = [[] for _ in graphs]
+    for _ in range(_WARM_ROUNDS + _ROUNDS):
+        events = []
+        for graph in graphs:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            graph.replay()
+            end.record()
+            events.append((start, end))
+        torch.cuda.synchronize()
+        for row, (start, end) in zip(times, events, strict=True):
+            row.append(1e3 * start.elapsed_time(end))
+    return [median(row[_WARM_ROUNDS:]) for row in times]
+
+
+def _captured(launch: Launch) -> torch.cuda.CUDAGraph:
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        launch()  # which loads its kernels
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        launch()
+    return graph

@@ -89,7 +89,7 @@ WGMMA_CUTS: dict[int, list[tuple[int, int, int, int, int, int, int]]] = {
     ],
 }
 WGMMA_LEAST_K = 1024
-FEW_LAUNCHES = 4  # where memory is dear
+FEW_BYTES = 8 << 20  # of copies, where memory is dear
 LAUNCHES = 48  # captured for one measurement, each on a matrix of its own where that is small
 SMALL = 4 << 20  # values of a matrix that is read in no time: how soon the kernel comes to its end decides
 LARGE_N = 8192  # rows from which thread blocks go through several row blocks
@@ -198,7 +198,7 @@ def tune(
     """
     x = torch.randn(tokens, weight.k, device=weight.weights.device).to(weight.dtype)
     is_frugal = clear_cache is not None
-    rounds = copies(weight, FEW_LAUNCHES if is_frugal else LAUNCHES)
+    rounds = copies(weight, max(1, FEW_BYTES // weight.num_bytes) if is_frugal else LAUNCHES)
     tries = usable_candidates(weight, tokens) if tries is None else tries
     out = run_linear(x, weight, tries[0], workspace)
     workspace.reserve(max(config.workspace_floats(weight.n) for config in tries))
@@ -255,7 +255,7 @@ def _time_config(
             fused_ops.rms_norm(x, factors, 1e-5, out=normed)
         return run_linear(x, rounds[i % len(rounds)], config, workspace, norm=norm, out=out)
 
-    return time_graph(launch, launches, repeats=9 if launches <= FEW_LAUNCHES else 3, before=clear_cache)
+    return time_graph(launch, launches, repeats=max(3, 3 * LAUNCHES // 4 // launches), before=clear_cache)
 
 
 class MeasuredConfigs:
