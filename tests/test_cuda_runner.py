@@ -187,8 +187,8 @@ SETTINGS = [
 def test_a_seed_gives_the_same_sampled_text_for_any_tree(
     runner: CudaRunner, weights: BackboneWeights, settings: dict[str, object]
 ) -> None:
-    if runner.device == "cpu" and settings not in SETTINGS[1:3]:
-        pytest.skip("what these settings do is emulated with the others")
+    if runner.device == "cpu" and settings != SETTINGS[1]:
+        pytest.skip("emulated steps take long, and these settings do the most")
     params = SamplingParams(**settings)  # type: ignore[arg-type]
     loop = make_loop(runner, None, params, 5)
     assert isinstance(loop, CapturedLoop)
@@ -207,6 +207,8 @@ def test_a_seed_gives_the_same_sampled_text_for_any_tree(
 def test_typical_acceptance_is_the_same_in_a_captured_step(
     runner: CudaRunner, weights: BackboneWeights, temperature: float
 ) -> None:
+    if runner.device == "cpu" and temperature < 1:
+        pytest.skip("emulated steps take long, and little is accepted here")
     params = SamplingParams(acceptance="typical", temperature=temperature, top_k=30, epsilon=0.02)
     drafter = CudaDrafter(random_heads(), runner, weights.lm_head)
     count = 24 if runner.device == "cpu" else 40
