@@ -1,5 +1,6 @@
 // The candidate tree, left to right: the root, one column a head, and below a slot in each column for the backbone's own
-// token. A shape is laid out once; from then on a step changes labels and classes only.
+// token. Steps verify other trees of as many nodes: what is drawn keeps the most columns and rows that any of them had, so
+// that nothing around it moves. While the shape stays, a step changes labels and classes only.
 
 import { setText, svg } from "./dom.js";
 import { visible } from "./trace.js";
@@ -19,12 +20,26 @@ const widths = new WeakMap(); // by target, kept by an observer: to ask for it a
 export function drawTree(target, step, named = true) {
   const width = widthOf(target);
   target.shown = { step, named };
-  const key = `${step.parents.join(",")}@${Math.round(width / 16)}`;
+  const room = roomOf(target, step.parents);
+  const key = `${step.parents.join(",")}@${Math.round(width / 16)},${room.deepest},${room.leaves}`;
   if (target.drawing?.key !== key) {
-    target.drawing = { key, ...build(step.parents, width) };
+    target.drawing = { key, ...build(step.parents, width, room) };
     target.replaceChildren(target.drawing.node);
   }
   mark(target.drawing, step, named);
+}
+
+/** The most columns and rows that trees of as many nodes have needed here, with those of `parents`. */
+function roomOf(target, parents) {
+  const depth = [], isLeaf = parents.map(() => true);
+  parents.forEach((parent, node) => {
+    depth[node] = parent < 0 ? 0 : depth[parent] + 1;
+    if (parent >= 0) isLeaf[parent] = false;
+  });
+  const before = target.room?.nodes === parents.length ? target.room : { deepest: 0, leaves: 0 };
+  const deepest = Math.max(before.deepest, ...depth), leaves = Math.max(before.leaves, isLeaf.filter(Boolean).length);
+  target.room = { nodes: parents.length, deepest, leaves };
+  return target.room;
 }
 
 function widthOf(target) {
@@ -41,7 +56,7 @@ function widthOf(target) {
 }
 
 /** Place nodes: x by depth, y by leaves in order, parents in the middle of their children. */
-function layout(parents, width) {
+function layout(parents, width, room) {
   const children = parents.map(() => []);
   const depth = parents.map(() => 0);
   parents.forEach((parent, node) => {
@@ -49,8 +64,7 @@ function layout(parents, width) {
     children[parent].push(node);
     depth[node] = depth[parent] + 1;
   });
-  const deepest = Math.max(...depth);
-  const leaves = children.filter((list) => list.length === 0).length;
+  const { deepest, leaves } = room;
   const small = parents.length <= SMALL;
   const rowHeight = small ? 48 : leaves <= 14 ? 28 : leaves <= 24 ? 22 : 17;
   const column = Math.max(MIN_COLUMN_PX, Math.min(150, (width - LEFT - 4) / (deepest + 2)));
@@ -73,8 +87,8 @@ function layout(parents, width) {
   };
 }
 
-function build(parents, width) {
-  const plan = layout(parents, width);
+function build(parents, width, room) {
+  const plan = layout(parents, width, room);
   const edges = parents.map((parent, node) => (parent < 0 ? null : svg("path", { class: "edge", d: curve(plan.points[parent], plan.points[node]) })));
   // From every node to the slot beside it: all are laid out, and the step's own one is shown.
   const ways = parents.map((_, node) => svg("path", { class: "way", d: curve(plan.points[node], plan.slots[plan.depth[node]]) }));

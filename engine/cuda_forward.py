@@ -11,7 +11,7 @@ from torch import Tensor
 
 from engine.cuda_linear import LinearBank
 from engine.cuda_memory import StepMemory
-from engine.cuda_plan import TreePlan
+from engine.cuda_plan import TreePlan, VerifiedNodes
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
 from engine.kernels.draft_guesses import Unsettled, embed_guessed
@@ -42,14 +42,20 @@ class Forward:
     def num_layers(self) -> int:
         return len(self._weights.layers)
 
-    def tree(self, plan: TreePlan, unsettled: Unsettled | None = None, *, layers: int | None = None) -> None:
+    def tree(
+        self,
+        nodes: VerifiedNodes,
+        unsettled: Unsettled | None = None,
+        *,
+        pruned: TreePlan | None = None,
+        layers: int | None = None,
+    ) -> None:
         """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token.
 
-        The tree's last guesses may be `unsettled`; they are not afterwards. Of a pruned tree the kept nodes are run.
-        `layers` stops behind so many of them, for measurements.
+        The tree's last guesses may be `unsettled`; they are not afterwards. Of a `pruned` tree the nodes are found
+        first. `layers` stops behind so many of them, for measurements.
         """
-        memory, nodes = self._memory, plan.verified
-        rows = nodes.num_nodes
+        memory, rows = self._memory, nodes.num_nodes
         keys, values = memory.scratch(rows)
 
         def attend(layer: int, qkv: Tensor) -> None:
@@ -57,9 +63,9 @@ class Forward:
             self._attend(qkv, memory.record, nodes.depth, nodes.ancestor_at, cache, (keys[layer], values[layer]))
 
         table, x = self._weights.embedding, memory.x[:rows]
-        if plan.kept is not None:
-            filled, shape = plan.filled, (plan.depth, plan.ancestor_at)
-            embed_likeliest(filled, *shape, plan.kept, table, memory.record, x, unsettled=unsettled, load=self._load)
+        if pruned is not None and pruned.kept is not None:
+            filled, kept, shape = pruned.filled, pruned.kept, (pruned.depth, pruned.ancestor_at)
+            embed_likeliest(filled, *shape, kept, table, memory.record, x, unsettled=unsettled, load=self._load)
         elif unsettled is None:
             fused_ops.embed_tokens(nodes.tokens, table, memory.record, x, load=self._load)
         else:

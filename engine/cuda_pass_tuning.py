@@ -18,7 +18,6 @@ from engine.cuda_forward import Forward
 from engine.cuda_linear import LinearBank, shape_key
 from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
-from engine.kernels import fused_ops
 from engine.kernels.fused_ops import LENGTH
 from engine.kernels.linear_config import LinearConfig, default_config, rows_measured
 from engine.kernels.small_batch_linear import PackedLinear, Workspace
@@ -61,7 +60,7 @@ class PassTuner:
         self._kept = kept or kept_configs()
         self._tries = tries
         self._time = time or time_by_turns
-        self._matrices = {shape_key(matrix, 1)[:-1]: matrix for matrix in matrices}
+        self._shapes = {shape_key(matrix, 1)[:-1] for matrix in matrices}
         *in_layers, self._lm_head = matrices
         self._in_layers = list({shape_key(matrix, 1): matrix for matrix in in_layers}.values())
         self._layer_bytes = sum(matrix.num_bytes for matrix in in_layers) / forward.num_layers
@@ -69,7 +68,7 @@ class PassTuner:
     def __call__(self, weight: PackedLinear, rows: int, workspace: Workspace) -> LinearConfig:
         """Return the fastest known launch, measuring where nobody has yet."""
         rows = rows_measured(rows)
-        if shape_key(weight, rows)[:-1] not in self._matrices:
+        if shape_key(weight, rows)[:-1] not in self._shapes:
             return choose_config(weight, rows, workspace, self._forward.read_embedding)
         found = self._kept.get(weight, rows)
         if found is None:
@@ -122,18 +121,21 @@ class PassTuner:
         keys: list[Tensor] = []
 
         def launch() -> None:
-            forward.tree(plan, layers=layers)
+            forward.tree(plan.verified, layers=layers)
             if is_head:
                 keys[:] = [forward.best_of_tree(rows)]
 
-        return launch, lambda: fused_ops.best_tokens(keys[0]) if is_head else memory.x[:rows].clone()
+        def result() -> Tensor:  # a key holds a score's bits and its token
+            return (keys[0] ^ torch.iinfo(torch.int64).min).amax(1) if is_head else memory.x[:rows].clone()
+
+        return launch, result
 
     @contextmanager
     def _untouched(self) -> Iterator[None]:
         """Give the memory back what a step reads of it, and no more room for scores than it had."""
         memory = self._memory
         outbox, room = memory.outbox.clone(), memory.logits_room()
-        memory.tokens.zero_()
+        memory.tokens.copy_(torch.arange(len(memory.tokens)) * 97 % memory.config.vocab_size)  # no two rows alike
         memory.record[LENGTH : LENGTH + 1].fill_(min(_CONTEXT, memory.capacity // 2))
         try:
             yield

@@ -11,8 +11,9 @@ from engine.kernels.draft_guesses import Guessed
 from engine.kernels.draft_prune import KeptTables
 from engine.kernels.tree_attention import ancestor_table
 from engine.pruned_tree import PrunedTree, Tree
+from engine.tree import CandidateTree
 
-__all__ = ["Round", "TreePlan", "VerifiedNodes"]
+__all__ = ["Round", "TreePlan", "VerifiedNodes", "copy_tables"]
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,16 @@ class VerifiedNodes:
         return len(self.tokens)
 
 
+def copy_tables(tree: CandidateTree, memory: StepMemory) -> VerifiedNodes:
+    """Put a tree's tables where those of kept nodes lie: launches over them serve all trees of as many nodes."""
+    kept = memory.kept.of(tree.num_nodes)
+    kept.depth.copy_(tree.depth)
+    kept.parents.copy_(torch.tensor(tree.parents))
+    kept.ancestor_at.copy_(ancestor_table(tree.ancestors, tree.depth))
+    kept.is_above.copy_(tree.ancestors)
+    return VerifiedNodes(kept.tokens, kept.depth, kept.parents, kept.ancestor_at, kept.is_above)
+
+
 class TreePlan:
     """Tables of one tree over a step's memory: of the nodes that the heads fill, and of those that are `verified`.
 
@@ -54,7 +65,6 @@ class TreePlan:
 
     def __init__(self, given: Tree, memory: StepMemory, *, sees_path: bool) -> None:
         device = memory.device
-        self.given = given
         self.tree = tree = given.filled if isinstance(given, PrunedTree) else given
         self.num_nodes = tree.num_nodes
         self.depth = tree.depth.int().to(device)

@@ -18,7 +18,7 @@ from engine.cuda_graphs import GraphCache
 from engine.cuda_linear import Choose, LinearBank, choose_default
 from engine.cuda_memory import MAX_ROWS, OUTBOX_SIZE, StepMemory
 from engine.cuda_pass_tuning import PassTuner
-from engine.cuda_plan import TreePlan, VerifiedNodes
+from engine.cuda_plan import TreePlan, VerifiedNodes, copy_tables
 from engine.cuda_weights import PackedBackbone
 from engine.draft import Draft
 from engine.errors import ContextLengthError
@@ -104,7 +104,7 @@ class CudaRunner:
         self._packed = weights
         self._forward = Forward(weights, self.memory, self.linear, config.rms_norm_eps, load)
         self._plans: dict[tuple[Tree, LaunchesDrafts | None], TreePlan] = {}
-        self._verified: TreePlan | None = None
+        self._verified: CandidateTree | None = None
         self._length = 0
         self._mailboxes = [_mailbox(device) for _ in range(2)]
         self._num_steps = 0
@@ -138,12 +138,13 @@ class CudaRunner:
             raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
         self._check_room(tree.max_depth + 1)
         self._reserve(self._length + tree.max_depth + 1)
-        plan = self.plan(tree, None)
-        self.memory.tokens[: plan.num_nodes].copy_(torch.tensor(tokens))
+        self.linear.prepare(self._packed.matrices, tree.num_nodes)
+        nodes = copy_tables(tree, self.memory)
+        nodes.tokens.copy_(torch.tensor(tokens))
         self.set_root(tokens[0])
-        self.graphs.run(("verify", tree), lambda: self._launch_verify(plan))
-        self._verified = plan
-        return self.memory.hidden[: plan.num_nodes].clone()
+        self.graphs.run(("verify", tree.num_nodes), lambda: self._launch_verify(nodes))
+        self._verified = tree
+        return self.memory.hidden[: tree.num_nodes].clone()
 
     def logits(self, hidden: Tensor) -> Tensor:
         return torch.cat([self._forward.score(rows.contiguous()).clone() for rows in hidden.split(MAX_ROWS)])
@@ -160,13 +161,13 @@ class CudaRunner:
         return F.embedding(tokens.to(self.device), self.embedding)
 
     def commit(self, path: Sequence[int]) -> None:
-        if self._verified is None or list(path) != self._verified.tree.path_to(path[-1]):
+        if self._verified is None or list(path) != self._verified.path_to(path[-1]):
             raise ValueError(f"{list(path)} is not a path from the root of the last verified tree.")
         start = [self._length, self._length, len(path) - 1]
         assert (OLD_LENGTH, NUM_ACCEPTED) == (1, 2)
         self.memory.record[:3].copy_(torch.tensor(start, dtype=torch.int32))
         self.memory.record[PATH : PATH + len(path)].copy_(torch.tensor(path, dtype=torch.int32))
-        self._launch_commit(self._verified)
+        self._launch_commit(self._verified.num_nodes)
         self._verified = None
         self._length += len(path)
         self.memory.set_length(self._length)
@@ -256,7 +257,7 @@ class CudaRunner:
         if drafter is not None and unsettled is not None and plan.kept and not can_prune_unsettled(unsettled):
             drafter.settle(unsettled)
             unsettled = None
-        self._forward.tree(plan, unsettled)
+        self._forward.tree(nodes, unsettled, pruned=plan if plan.kept else None)
         if chooser is None:
             keys = self._forward.best_of_tree(rows)
         else:
@@ -264,14 +265,14 @@ class CudaRunner:
         fused_ops.accept_greedy(keys, nodes.tokens, nodes.parents, memory.record, table=self.embedding, load=self.load)
         if chooser is not None:
             chooser.note_accepted()
-        self._launch_commit(plan)
+        self._launch_commit(rows)
 
-    def _launch_verify(self, plan: TreePlan) -> None:
-        self._forward.tree(plan)
-        self._forward.finish_tree(plan.num_nodes)
+    def _launch_verify(self, nodes: VerifiedNodes) -> None:
+        self._forward.tree(nodes)
+        self._forward.finish_tree(nodes.num_nodes)
 
-    def _launch_commit(self, plan: TreePlan) -> None:
-        memory, rows = self.memory, plan.verified.num_nodes
+    def _launch_commit(self, rows: int) -> None:
+        memory = self.memory
         cache = memory.cache_keys, memory.cache_values
         hidden = memory.hidden[:rows]
         fused_ops.commit_path(

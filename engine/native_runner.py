@@ -93,7 +93,6 @@ class NativeRunner:
         self._tables = [table.contiguous() for table in _half_tables(config)]
         self._decoder = self._create()
         self._num_nodes = 0
-        self._parents: dict[tuple[int, ...], Array[c_int32]] = {}
 
     @property
     def num_committed(self) -> int:
@@ -114,9 +113,7 @@ class NativeRunner:
     def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
         if len(tokens) != tree.num_nodes:
             raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
-        if tree.parents not in self._parents:
-            self._parents[tree.parents] = int32s(tree.parents)
-        return self._step(tokens, self._parents[tree.parents], tree.max_depth)
+        return self._step(tokens, int32s(tree.parents), tree.max_depth)
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)

@@ -71,9 +71,8 @@ class NestedTree:
         return _DEFAULT_NODES
 
     def limited(self, num_heads: int) -> "NestedTree":
-        """Leave out nodes deeper than there are heads; the measured figures hold for the whole order only."""
-        kept = tuple(choice for choice in self.order if len(choice) <= num_heads)
-        return NestedTree(kept, self.expected if kept == self.order else ())
+        """Leave out nodes deeper than there are heads; the figures of the depths that are left still hold."""
+        return NestedTree(self._no_deeper(num_heads), self.expected[:num_heads])
 
     @property
     def max_depth(self) -> int:

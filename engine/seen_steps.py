@@ -1,7 +1,8 @@
 """What answers have shown of the heads: how often a step's likeliest node was accepted, its second likeliest, and on.
 
-A step's nodes have a place each, by likelihood. The nodes of a step that are no deeper than d are those that a tree of
-depth d would have verified, so a step tells of all depths up to its own.
+A step's nodes have a place each, by likelihood. Those that are no deeper than d are the first that a tree of depth d
+would have verified, so a step tells of all depths up to its own; but only of places that nearly all steps had, as steps
+that reach further down a shallow tree are those whose heads were unsure.
 """
 
 from collections.abc import Iterable
@@ -13,6 +14,7 @@ from engine.records import DecodeStep
 __all__ = ["PlaceCounts", "SeenSteps"]
 
 _ANSWER_STEPS = 200.0  # what one answer may weigh: an odd chat moves a figure by less than a tenth
+_USUAL = 0.95  # of an answer's steps that must have had a place
 _MOST_STEPS = 8000.0  # what all answers together may weigh; older ones fade
 
 
@@ -34,15 +36,19 @@ class PlaceCounts:
 
     def add(self, answer: "PlaceCounts") -> None:
         """Add one answer's counts, weighed down to what an answer may weigh."""
-        weight = min(1.0, _ANSWER_STEPS / max(1.0, *answer.steps)) if answer.steps else 0.0
-        missing = max(0, len(answer.steps) - len(self.steps))
+        usual = [steps for steps in answer.steps if steps >= _USUAL * answer.steps[0]]
+        if not usual:
+            return
+        weight = min(1.0, _ANSWER_STEPS / usual[0])
+        missing = max(0, len(usual) - len(self.steps))
         self.steps += [0.0] * missing
         self.accepted += [0.0] * missing
-        for place, (steps, accepted) in enumerate(zip(answer.steps, answer.accepted, strict=True)):
-            total = self.steps[place] + weight * steps
-            fade = min(1.0, _MOST_STEPS / total) if total else 1.0
-            self.steps[place] = total * fade
-            self.accepted[place] = (self.accepted[place] + weight * accepted) * fade
+        for place, steps in enumerate(usual):
+            self.steps[place] += weight * steps
+            self.accepted[place] += weight * answer.accepted[place]
+        fade = min(1.0, _MOST_STEPS / self.steps[0])  # of all places alike: none weighs more for being rare
+        self.steps = [fade * steps for steps in self.steps]
+        self.accepted = [fade * accepted for accepted in self.accepted]
 
 
 @dataclass

@@ -44,7 +44,8 @@ class KeptTables:
 
     @property
     def num_bytes(self) -> int:
-        return sum(part.nbytes for part in vars(self).values())
+        """Bytes besides `nodes`, which belongs to the one who gave it."""
+        return sum(part.nbytes for part in vars(self).values()) - self.nodes.nbytes
 
 
 def can_prune_unsettled(unsettled: Unsettled) -> bool:

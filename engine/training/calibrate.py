@@ -1,6 +1,6 @@
 """From measured ranks to a nested order of tree nodes, and what each size of tree is worth.
 
-A tree of n nodes is the first n of one order, chosen greedily by the estimated chance that a node is accepted. Three
+The heads fill the first nodes of one order, chosen greedily by the estimated chance that a node is accepted. Three
 estimators compete: independent heads (MEDUSA, appendix), each depth given its parent's rank, and plain counts of whole
 paths. The winner is the one whose trees accept most on answers it has not seen. Worth is simulated: a step starts
 where the last one ended, so places with long acceptance are not counted too often.

@@ -89,7 +89,7 @@ extern "C" __global__ void __launch_bounds__(ACCEPT_THREADS) accept_greedy(
     int parent[2] = {-2, -2}, token[2] = {0, 0};  // of nodes lane and lane + 32
     if (warp == 0)
         for (int i = 0; i < 2; ++i)
-            if (lane + 32 * i < nodes) parent[i] = parents[lane + 32 * i];
+            if (lane + 32 * i < nodes) parent[i] = __ldcg(parents + lane + 32 * i);
     let_next_kernel_start();
     wait_for_previous_kernel();
     const int length = record[LENGTH];

@@ -179,7 +179,8 @@ __device__ __forceinline__ void near_warp(
 // The pass's first kernel, embed_tokens, lets the next one start only after it has itself waited, so that no kernel of
 // the pass runs before all that is older has ended. Kernels of the pass itself write none of it, except for the rows of
 // a prompt's chunk, where everything waits, and the tables of a pruned tree: that first kernel writes them, past the L1
-// cache for all to see, before it lets the next one start; so they are read past the L1 cache.
+// cache for all to see, before it lets the next one start; so they are read past the L1 cache, as
+// accept_greedy does.
 #if CLUSTER > 1
 extern "C" __global__ void __cluster_dims__(CLUSTER, 1, 1) __launch_bounds__(THREADS, 2)
 #else
