@@ -65,7 +65,7 @@ class TreePlan:
 
     def __init__(self, given: Tree, memory: StepMemory, *, sees_path: bool) -> None:
         device = memory.device
-        self.tree = tree = given.filled if isinstance(given, PrunedTree) else given
+        self.tree = tree = given.filled
         self.num_nodes = tree.num_nodes
         self.depth = tree.depth.int().to(device)
         self.rank = tree.rank.int().to(device)

@@ -70,13 +70,12 @@ class StepOutput:
         """Return the record, the verified tree and its nodes' guesses, once the step is done."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        tree = self._tree
-        filled = tree.filled if isinstance(tree, PrunedTree) else tree
+        tree, filled = self._tree, self._tree.filled
         record, tokens, chances, nodes = self._numbers.split([fused_ops.RECORD_SIZE, *[MAX_ROWS] * 3])
         draft = Draft(tokens[: filled.num_nodes].tolist(), chances[: filled.num_nodes].view(torch.float32).tolist())
         if isinstance(tree, PrunedTree):
             kept = tuple(nodes[: tree.num_nodes].tolist())
-            filled, draft = tree.tree_of(kept), Draft(*([part[node] for node in kept] for part in draft))
+            return StepRecord(record.tolist()), tree.tree_of(kept), draft.of(kept)
         return StepRecord(record.tolist()), filled, draft
 
 
@@ -213,9 +212,10 @@ class CudaRunner:
         """Return the tables of a tree, with every launch that they need prepared."""
         key = (tree, drafter)
         if key not in self._plans:
-            most = tree.filled.num_nodes if isinstance(tree, PrunedTree) else tree.num_nodes
-            if most > MAX_ROWS:
-                raise ValueError(f"A tree of {most} nodes; a step on this device has up to {MAX_ROWS}.")
+            if tree.filled.num_nodes > MAX_ROWS:
+                raise ValueError(
+                    f"A tree of {tree.filled.num_nodes} nodes; a step on this device has up to {MAX_ROWS}."
+                )
             self._plans[key] = TreePlan(tree, self.memory, sees_path=drafter is not None and drafter.sees_path)
             self.linear.prepare(self._packed.matrices, tree.num_nodes)
             if drafter is not None:

@@ -77,14 +77,13 @@ class DecodeLoop:
 
     def _draft(self, tree: Tree) -> tuple[CandidateTree, Draft]:
         """Return the tree to verify and its guesses: of a pruned one what this step keeps."""
-        filled = tree.filled if isinstance(tree, PrunedTree) else tree
-        if self._drafter is None or filled.num_drafted == 0:
+        if self._drafter is None or tree.num_drafted == 0:
             return PLAIN, Draft([self._root], [1.0])
-        draft = self._drafter.draft(self._hidden, self._root, filled)
+        draft = self._drafter.draft(self._hidden, self._root, tree.filled)
         if not isinstance(tree, PrunedTree):
-            return filled, draft
+            return tree, draft
         kept = tree.kept(draft.probabilities)
-        return tree.tree_of(kept), Draft(*([part[node] for node in kept] for part in draft))
+        return tree.tree_of(kept), draft.of(kept)
 
     def _accept(self, tree: CandidateTree, draft: Draft, hidden: Tensor) -> Verified:
         sampler, params = self._sampler, self._params

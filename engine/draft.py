@@ -4,7 +4,7 @@ Heads that see only the hidden state or the root guess all depths at once; heads
 depth, for the nodes that have children. Guesses need no exactness, so the head matrices may be quantised freely.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -21,6 +21,10 @@ class Draft(NamedTuple):
 
     tokens: list[int]
     probabilities: list[float]
+
+    def of(self, nodes: Sequence[int]) -> "Draft":
+        """Return what belongs to these nodes."""
+        return Draft(*([part[node] for node in nodes] for part in self))
 
 
 class Drafter(Protocol):

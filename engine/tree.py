@@ -51,6 +51,11 @@ class CandidateTree:
         return len(self.choices)
 
     @property
+    def filled(self) -> "CandidateTree":
+        """The tree that heads fill for it: all of it (see `engine.pruned_tree` for one of which a part is verified)."""
+        return self
+
+    @property
     def max_depth(self) -> int:
         return len(self.choices[-1]) if self.choices else 0
 

@@ -1,7 +1,6 @@
 """Trees pruned by the heads' chances: what is kept is the likeliest tree, and the text does not know of it."""
 
 import random
-from itertools import pairwise
 
 import pytest
 import torch
@@ -162,4 +161,4 @@ def test_the_engine_verifies_other_trees_in_other_steps(engine: Engine) -> None:
                 texts.add(chunk.result.tokens)
     assert len(texts) == 1
     assert len(shapes) > 4
-    assert all(a < b for a, b in pairwise(sorted({len(shape) for shape in shapes})))
+    assert {len(shape) for shape in shapes} == {4, 6}  # with the root

@@ -25,7 +25,7 @@ from engine.cuda_drafter import CudaDrafter
 from engine.cuda_runner import CudaRunner
 from engine.decode import PLAIN
 from engine.models.loader import bundled_path
-from engine.pruned_tree import PrunedTree, Tree
+from engine.pruned_tree import Tree
 
 PROMPTS = Path(__file__).parent / "prompts" / "eval.txt"
 SIZES = (4, 7, 8, 15, 31, 63)  # drafted nodes
@@ -169,7 +169,7 @@ class Bench:
         for drafted in (4, 15, 31, 63):
             self._prefill(500)
             tree, verified = self.tree(drafted), self.engine._trees.first(drafted)
-            filled = tree.filled if isinstance(tree, PrunedTree) else tree
+            filled = tree.filled
             for _ in range(2):
                 draft = self.drafter.draft(self.runner.memory.state[0].clone(), 5, filled)
                 self.runner.verify(draft.tokens[: verified.num_nodes], verified)

@@ -70,8 +70,7 @@ def expected_by_depth(order: Sequence[Choice], chances: NodeChances, measured: A
 def _accepted(nested: NestedTree, nodes: int, depth: int, chances: NodeChances) -> Tensor:
     """Return how many tokens a step with this tree would accept at every anchor, int64 [anchors]."""
     tree = nested.pruned(nodes, depth)
-    filled = tree.filled if isinstance(tree, PrunedTree) else tree
-    places = [nested.order.index(choice) for choice in filled.choices]  # in node order, which decides among equals
+    places = [nested.order.index(choice) for choice in tree.filled.choices]  # in node order, which decides among equals
     is_true = chances.is_true[:, places]
     if isinstance(tree, PrunedTree):
         likeliest = chances.chance[:, places].sort(dim=1, descending=True, stable=True).indices[:, :nodes]
