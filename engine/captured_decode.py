@@ -11,13 +11,14 @@ from weakref import WeakKeyDictionary
 
 from engine.captured_sampler import StepChooser
 from engine.cuda_drafter import CudaDrafter
-from engine.cuda_runner import CudaRunner, StepOutput
+from engine.cuda_runner import CudaRunner
 from engine.decode import PLAIN, DecodeLoop
 from engine.draft import Drafter
 from engine.pruned_tree import Tree
 from engine.records import DecodeStep
 from engine.runner import Runner
 from engine.sampling import SamplingParams
+from engine.step_output import StepOutput
 
 __all__ = ["CapturedLoop", "make_loop"]
 

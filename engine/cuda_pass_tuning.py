@@ -20,14 +20,9 @@ from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan
 from engine.kernels.fused_ops import LENGTH
 from engine.kernels.linear_config import LinearConfig, default_config, rows_measured
+from engine.kernels.measured_configs import MeasuredConfigs, choose_config, kept_configs
 from engine.kernels.small_batch_linear import PackedLinear, Workspace
-from engine.kernels.tune_nf4 import (
-    MeasuredConfigs,
-    cache_bytes,
-    choose_config,
-    kept_configs,
-    usable_candidates,
-)
+from engine.kernels.tune_nf4 import cache_bytes, usable_candidates
 from engine.tree import CandidateTree
 
 __all__ = ["Launch", "PassTuner", "time_by_turns"]

@@ -20,7 +20,6 @@ from engine.cuda_memory import MAX_ROWS, OUTBOX_SIZE, StepMemory
 from engine.cuda_pass_tuning import PassTuner
 from engine.cuda_plan import TreePlan, VerifiedNodes, copy_tables
 from engine.cuda_weights import PackedBackbone
-from engine.draft import Draft
 from engine.errors import ContextLengthError
 from engine.kernels import fused_ops
 from engine.kernels.draft_guesses import Unsettled
@@ -28,10 +27,11 @@ from engine.kernels.draft_prune import can_prune_unsettled
 from engine.kernels.fused_ops import BONUS, NUM_ACCEPTED, OLD_LENGTH, PATH, StepRecord
 from engine.kernels.nvrtc import load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
-from engine.pruned_tree import PrunedTree, Tree
+from engine.pruned_tree import Tree
+from engine.step_output import StepOutput
 from engine.tree import CandidateTree
 
-__all__ = ["WARM_ROWS", "CudaRunner", "StepOutput"]
+__all__ = ["WARM_ROWS", "CudaRunner"]
 
 WARM_ROWS = (1, *CHUNKS)  # numbers of rows that every answer needs
 _RESERVE = 512  # rows kept free beyond what is asked for, so that an answer rarely makes the cache grow
@@ -58,25 +58,6 @@ class ChoosesTokens(Protocol):
     def launch(self, logits: Tensor, nodes: VerifiedNodes) -> Tensor: ...
 
     def note_accepted(self) -> None: ...
-
-
-class StepOutput:
-    """A step's outbox on its way to the host."""
-
-    def __init__(self, numbers: Tensor, arrived: torch.cuda.Event | None, tree: Tree) -> None:
-        self._numbers, self._arrived, self._tree = numbers, arrived, tree
-
-    def wait(self) -> tuple[StepRecord, CandidateTree, Draft]:
-        """Return the record, the verified tree and its nodes' guesses, once the step is done."""
-        if self._arrived is not None:
-            self._arrived.synchronize()
-        tree, filled = self._tree, self._tree.filled
-        record, tokens, chances, nodes = self._numbers.split([fused_ops.RECORD_SIZE, *[MAX_ROWS] * 3])
-        draft = Draft(tokens[: filled.num_nodes].tolist(), chances[: filled.num_nodes].view(torch.float32).tolist())
-        if isinstance(tree, PrunedTree):
-            kept = tuple(nodes[: tree.num_nodes].tolist())
-            return StepRecord(record.tolist()), tree.tree_of(kept), draft.of(kept)
-        return StepRecord(record.tolist()), filled, draft
 
 
 class CudaRunner:

@@ -14,8 +14,8 @@ from engine.cuda_pass_tuning import Launch, PassTuner
 from engine.cuda_runner import CudaRunner
 from engine.decode import PLAIN
 from engine.kernels.linear_config import LinearConfig, default_config, rows_measured, token_tiles_for
+from engine.kernels.measured_configs import MeasuredConfigs
 from engine.kernels.small_batch_linear import PackedLinear
-from engine.kernels.tune_nf4 import MeasuredConfigs
 
 SPLIT = (1, 1, 4, 1, 1)  # sums meet in the workspace
 

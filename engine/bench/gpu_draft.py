@@ -24,9 +24,10 @@ from engine.cuda_runner import CudaRunner
 from engine.cuda_tuning import compile_candidates
 from engine.cuda_weights import pack_backbone
 from engine.kernels.linear_config import LinearConfig
+from engine.kernels.measured_configs import choose_config
 from engine.kernels.nvrtc import load_kernel
 from engine.kernels.small_batch_linear import LoadKernel, PackedLinear, Workspace
-from engine.kernels.tune_nf4 import choose_config, time_graph
+from engine.kernels.tune_nf4 import time_graph
 from engine.models.head_formats import Target, read_heads
 from engine.models.loader import open_model
 from engine.nested_tree import NestedTree

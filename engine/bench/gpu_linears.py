@@ -13,9 +13,10 @@ from engine.kernels import nvrtc, reference
 from engine.kernels.dense_linear import pack_dense
 from engine.kernels.int8_linear import Int8Weight, pack_int8
 from engine.kernels.linear_config import Decode, LinearConfig, default_config, rows_measured
+from engine.kernels.measured_configs import choose_config
 from engine.kernels.nf4_linear import Nf4Weight, pack_nf4
 from engine.kernels.small_batch_linear import PackedLinear, Workspace, run_linear
-from engine.kernels.tune_nf4 import candidates, choose_config, copies, time_graph, tune
+from engine.kernels.tune_nf4 import candidates, copies, time_graph, tune
 
 TOKENS = (1, 2, 4, 8, 16, 32, 64)
 
