@@ -4,7 +4,7 @@ It knows layers, norms and rotary positions. How keys and values are kept and wh
 `attend` callable, so that prefill, tree verification, batched generation and training share this one forward.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -130,11 +130,21 @@ class Backbone(nn.Module):
 
     def forward(self, tokens: Tensor, positions: Tensor, attend: Attend) -> Tensor:
         """Return the hidden states after the final norm: tokens and positions [...] -> [..., hidden]."""
-        cos, sin = self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
-        x = self.embed(tokens)
+        return self.states(tokens, positions, attend, ())[0]
+
+    def states(self, tokens: Tensor, positions: Tensor, attend: Attend, layers: Sequence[int]) -> list[Tensor]:
+        """Return the hidden states after the final norm, then what leaves each of `layers`, [..., hidden] each."""
+        cos, sin = self.angles(positions)
+        x, left = self.embed(tokens), []
         for index, layer in enumerate(self.layers):
             x = layer(index, x, cos, sin, attend)
-        return self.norm(x)
+            if index in layers:
+                left.append(x)
+        return [self.norm(x), *left]
+
+    def angles(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """Return cosines and sines of positions [...], [..., 1, head_dim] each."""
+        return self.cos[positions].unsqueeze(-2), self.sin[positions].unsqueeze(-2)
 
 
 def rotary_tables(config: BackboneConfig, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

@@ -6,12 +6,15 @@ arXiv 2401.10774, section 2.1.1). Variants are data in `HeadsConfig`: depth, wid
 the hidden state, and which output matrix it uses. The tree's shape and the verification are not known here.
 """
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.errors import InvalidParameterError
+from engine.prefix_attention import PrefixAttention, PrefixConfig
 
 __all__ = ["HeadsConfig", "MedusaHead", "MedusaHeads", "parameter_count", "seen_embeddings"]
 
@@ -30,6 +33,7 @@ class HeadsConfig:
       `lm_head` for the draft vocabulary, "own_truncated" an own matrix over the draft vocabulary.
     - `draft_vocab` is the size of the draft vocabulary, 0 for the full one. `frequent_first`: it is in order of use,
       so that a machine for which scores are dear may draft from its first tokens alone.
+    - `prefix`: heads read the hidden state through a `PrefixAttention` of that shape.
     """
 
     hidden_size: int
@@ -41,6 +45,7 @@ class HeadsConfig:
     output: str = "shared"
     draft_vocab: int = 0
     frequent_first: bool = False
+    prefix: PrefixConfig | None = None
 
     def __post_init__(self) -> None:
         _one_of("sees", self.sees, SEES)
@@ -64,6 +69,14 @@ class HeadsConfig:
 
     def to_dict(self) -> dict[str, object]:
         return asdict(self)
+
+    @staticmethod
+    def from_dict(values: Mapping[str, Any]) -> "HeadsConfig":
+        """Read what `to_dict` wrote, also after JSON. Raises TypeError for names that this version does not know."""
+        prefix = values.get("prefix")
+        if prefix is not None:
+            prefix = PrefixConfig(**{**prefix, "layers": tuple(prefix["layers"])})
+        return HeadsConfig(**{**values, "prefix": prefix})
 
 
 class PaperBlock(nn.Module):
@@ -125,7 +138,7 @@ class MedusaHeads(nn.Module):
     `shared_output` is the backbone's `lm_head` as a callable [..., hidden] -> [..., vocab] (not a parameter of the
     heads); for "truncated" output it must already give the draft vocabulary's rows. `embed` maps token ids to
     embeddings [..., hidden]; it is needed where the heads see tokens. `token_map` [draft_vocab] holds the full id of
-    every draft token.
+    every draft token. Where there is a `prefix`, the heads' hidden states are what it returns.
     """
 
     token_map: Tensor | None
@@ -133,6 +146,7 @@ class MedusaHeads(nn.Module):
     def __init__(self, config: HeadsConfig, token_map: Tensor | None = None) -> None:
         super().__init__()
         self.config = config
+        self.prefix = None if config.prefix is None else PrefixAttention(config.prefix, config.hidden_size)
         self.heads = nn.ModuleList(MedusaHead(config, head) for head in range(config.num_heads))
         if config.output.startswith("own"):
             self.outputs = nn.ModuleList(

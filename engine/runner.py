@@ -4,6 +4,9 @@ A runner owns the weights and the cache. Committed rows are part of the text; sc
 verified and live until `commit` or the next `verify`. The contract that makes Medusa's toggle leave the text alone:
 the hidden state, the logits and the cached rows of a token depend on the token and its ancestors alone, bit for bit,
 never on how many rows were computed beside it.
+
+What heads read behind a token is the runner's to know too: its hidden state, or what their prefix attention makes of
+it, which needs rows of its own in the cache. These cost time, so plain steps leave them out.
 """
 
 from collections.abc import Sequence
@@ -12,6 +15,7 @@ from typing import Protocol
 from torch import Tensor
 
 from engine.backbone import BackboneConfig
+from engine.prefix_attention import PrefixAttention
 from engine.tree import CandidateTree
 
 __all__ = ["Runner"]
@@ -30,12 +34,28 @@ class Runner(Protocol):
         """Rows in the cache that are part of the text."""
         ...
 
+    @property
+    def num_prefixed(self) -> int:
+        """Leading committed rows that the prefix attention has seen: all of them where none is attached."""
+        ...
+
+    def attach(self, prefix: PrefixAttention) -> None:
+        """Run the heads' prefix attention from now on. Only before any text, once. Raises CheckpointMismatchError."""
+        ...
+
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Append tokens to the committed text; return the last one's hidden state [hidden]."""
         ...
 
-    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
-        """Run the tree's nodes after the committed text; return their hidden states [nodes, hidden]."""
+    def verify(self, tokens: Sequence[int], tree: CandidateTree, *, for_heads: bool = True) -> Tensor:
+        """Run the tree's nodes after the committed text; return their hidden states [nodes, hidden].
+
+        Without `for_heads` the prefix attention is left out: nothing can be drafted behind these nodes.
+        """
+        ...
+
+    def heads_state(self) -> Tensor:
+        """Return what heads read behind the last committed token, [hidden], after a `prefill` or a `commit`."""
         ...
 
     def logits(self, hidden: Tensor) -> Tensor:

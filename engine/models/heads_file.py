@@ -80,7 +80,7 @@ def heads_config_of(metadata: Mapping[str, str], path: Path) -> HeadsConfig:
     unknown = set(values) - {field.name for field in fields(HeadsConfig)}
     if unknown:
         raise CheckpointMismatchError(f"{path} names {', '.join(sorted(unknown))}; update this app to load it.")
-    return HeadsConfig(**values)
+    return HeadsConfig.from_dict(values)
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:
