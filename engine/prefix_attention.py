@@ -9,14 +9,13 @@ cache, and no part in what the backbone computes: the text does not depend on it
 
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.backbone import Attend, BackboneConfig, rotate
 from engine.errors import CheckpointMismatchError
 
-__all__ = ["PrefixAttention", "PrefixConfig", "feature"]
+__all__ = ["PrefixAttention", "PrefixConfig", "feature", "middle_layers"]
 
 
 @dataclass(frozen=True)
@@ -75,6 +74,11 @@ class PrefixAttention(nn.Module):
         query, key = rotate(rotated, cos, sin).split((config.num_heads, config.num_kv_heads), dim=-2)
         hidden = features[..., : self.output.weight.shape[0]]
         return hidden + self.output(attend(layer, query, key, value).flatten(-2))
+
+
+def middle_layers(backbone: BackboneConfig) -> tuple[int, ...]:
+    """Return the layers at a third and two thirds of a backbone's depth."""
+    return tuple(sorted({max(0, part * backbone.num_layers // 3 - 1) for part in (1, 2)}))
 
 
 def feature(x: Tensor, eps: float = 1e-6) -> Tensor:

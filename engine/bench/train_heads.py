@@ -20,8 +20,10 @@ from random import Random
 import numpy as np
 import torch
 
+from engine.backbone import BackboneConfig
 from engine.heads import HeadsConfig, MedusaHeads, parameter_count
 from engine.models.heads_file import load_heads, save_heads
+from engine.prefix_attention import PrefixConfig, middle_layers
 from engine.training.batch_decoder import BatchDecoder
 from engine.training.calibrate import Calibration, calibrate, tokens_per_step, write_calibration
 from engine.training.chat_format import ChatFormat, read_chat_format
@@ -39,7 +41,7 @@ from engine.training.distill import DistillGoal, distill, remember_queries
 from engine.training.evaluate import evaluation_prompts, greedy_answers
 from engine.training.filters import QueryFilter
 from engine.training.kernel_checks import check_kernels
-from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
+from engine.training.medusa1 import PREFIX_WINDOW, HeadTrainer, TrainingPlan, Vocabulary, build_heads
 from engine.training.ranks import measure_ranks
 from engine.training.shards import ShardWriter
 
@@ -51,14 +53,16 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Variant:
-    """One row of the table; `share` is its part of the training time."""
+    """One row of the table; `share` is its part of the training time, `prefix` whether heads look back."""
 
     name: str
     shape: dict[str, object]
     share: float
+    prefix: bool = False
 
 
 VARIANTS = (
+    Variant("prefix", {"num_layers": 2, "width": 2048, "sees": "path", "output": "truncated"}, 0.5, prefix=True),
     Variant("path", {"num_layers": 2, "width": 2048, "sees": "path", "output": "truncated"}, 0.5),
     Variant("root", {"num_layers": 2, "width": 2048, "sees": "root", "output": "truncated"}, 0.2),
     Variant("hidden", {"num_layers": 2, "width": 2048, "sees": "hidden", "output": "truncated"}, 0.16),
@@ -155,13 +159,13 @@ def run_train(
     vocabulary = Vocabulary(model, token_map)
     report(f"{train.num_documents:,} documents, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
     prompts = evaluation_prompts()[: args.eval_prompts]
-    evaluated = build_cache(model, greedy_answers(model, chat, prompts, args.eval_tokens))
+    evaluated = greedy_answers(model, chat, prompts, args.eval_tokens)
     report(f"{len(prompts)} evaluation prompts answered greedily, {evaluated.num_tokens:,} tokens")
-    held_cache = build_cache(model, held)
-    cache = build_cache(model, train, report=report)
     rows: list[dict[str, object]] = []
     wanted = args.variants.split(",")
     chosen = [variant for name in wanted for variant in VARIANTS if variant.name == name]
+    layers = middle_layers(model.backbone.config) if any(variant.prefix for variant in chosen) else ()
+    cache = build_cache(model, train, report=report, layers=layers)
     for place, variant in enumerate(chosen):
         share = variant.share / sum(later.share for later in chosen[place:])
         seconds = (left() - args.reserve) * share - args.evaluate_seconds
@@ -169,7 +173,7 @@ def run_train(
             report(f"no time left for {variant.name}")
             break
         heads, figures = train_variant(args, variant, vocabulary, cache, model, seconds, report)
-        rows.append(finish_variant(args, variant, heads, figures, vocabulary, held_cache, evaluated, model, report))
+        rows.append(finish_variant(args, variant, heads, figures, vocabulary, held, evaluated, model, report))
         (args.out / "results.json").write_text(json.dumps(rows, indent=1))
     carry(args, report)
     print_table(rows)
@@ -192,15 +196,21 @@ def train_variant(
         num_heads=args.heads,
         draft_vocab=vocabulary.rows.shape[0],
         frequent_first=True,
+        prefix=_prefix(config) if variant.prefix else None,
         **variant.shape,  # type: ignore[arg-type]
     )
     heads = build_heads(shape, vocabulary)
-    plan = TrainingPlan(epochs=args.epochs, seconds=seconds, learning_rate=args.learning_rate)
+    window = args.window if variant.prefix else TrainingPlan.window
+    plan = TrainingPlan(epochs=args.epochs, seconds=seconds, learning_rate=args.learning_rate, window=window)
     report(f"{variant.name}: {parameter_count(heads):,} parameters, {seconds:.0f} s")
     checkpoint = args.work / f"{variant.name}.ckpt"
     trainer = HeadTrainer(heads, vocabulary, cache, plan, checkpoint)
     figures = trainer.run(lambda line: report(f"{variant.name}: {line}"))
     return heads, figures
+
+
+def _prefix(config: BackboneConfig) -> PrefixConfig:
+    return PrefixConfig(middle_layers(config), config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 def finish_variant(
@@ -209,8 +219,8 @@ def finish_variant(
     heads: MedusaHeads,
     figures: dict[str, float],
     vocabulary: Vocabulary,
-    held: HiddenCache,
-    evaluated: HiddenCache,
+    held: TextSet,
+    evaluated: TextSet,
     model: TrainingModel,
     report: Report,
 ) -> dict[str, object]:
@@ -218,9 +228,10 @@ def finish_variant(
     path = args.out / f"{variant.name}.safetensors"
     save_heads(path, heads, {"base_model": model.name}, storage="int8")
     heads = load_heads(path).to(model.device)
-    calibration = calibrate(measure_ranks(heads, held, vocabulary))
+    ranks = measure_ranks(heads, build_cache(model, held, heads=heads), vocabulary)
+    calibration = calibrate(ranks)
     write_calibration(path.with_suffix(".json"), calibration, {"heads": path.name})
-    measured = measure_ranks(heads, evaluated, vocabulary)
+    measured = measure_ranks(heads, build_cache(model, evaluated, heads=heads), vocabulary)
     steps = tokens_per_step(calibration.order, measured, SIZES)
     top1, top5 = ((measured.ranks < limit).float().mean(0).tolist() for limit in (1, 5))
     report(f"{variant.name}: tokens/step " + ", ".join(f"{n}: {v:.3f}" for n, v in zip(SIZES, steps, strict=True)))
@@ -300,6 +311,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--bring", default="path,root")
     parser.add_argument("--heads", type=int, default=4)
     parser.add_argument("--epochs", type=float, default=4)
+    parser.add_argument("--window", type=int, default=PREFIX_WINDOW, help="tokens that a prefix attention learns over")
     parser.add_argument("--learning-rate", type=float, default=1.5e-3)
     parser.add_argument("--draft-vocab", type=int, default=16384)
     parser.add_argument("--held-back", type=int, default=1500)

@@ -14,7 +14,7 @@ import tarfile
 import time
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -36,7 +36,7 @@ from engine.training.joint_quality import compare
 from engine.training.joint_result import HEADS_FILE, adapter_tensors, merged_model, merged_weights, save_model
 from engine.training.kernel_checks import check_kernels
 from engine.training.lora import LoraAdapters
-from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary
+from engine.training.medusa1 import PREFIX_WINDOW, HeadTrainer, TrainingPlan, Vocabulary
 from engine.training.medusa2 import JointPlan, JointTrainer
 from engine.training.ranks import measure_ranks
 
@@ -182,9 +182,12 @@ def train_single(bench: Bench, seconds: float) -> None:
     vocabulary = Vocabulary(bench.model, heads.token_map)
     chosen = bench.texts.train.lengths.cumsum(0) <= args.cache_tokens
     text = bench.texts.train.select(chosen.nonzero().flatten())
-    cache = build_cache(bench.model, text, report=bench.report)
+    layers = () if heads.prefix is None else heads.prefix.config.layers
+    cache = build_cache(bench.model, text, report=bench.report, layers=layers)
     rest = max(5.0, seconds - (time.monotonic() - start))
     plan = TrainingPlan(epochs=1e6, seconds=rest, batch_tokens=args.batch_tokens, learning_rate=args.single_rate)
+    if heads.prefix is not None:
+        plan = replace(plan, window=PREFIX_WINDOW)
     trainer = HeadTrainer(heads, vocabulary, cache, plan)
     figures = trainer.run(lambda line: bench.report(f"medusa1: {line}"))
     del cache, trainer.cache
@@ -197,13 +200,13 @@ def measure(
     """Calibrate on the held-back text, then count tokens per step on the model's own answers to the prompts."""
     args, texts = bench.args, bench.texts
     vocabulary = Vocabulary(model, heads.token_map)
-    calibration = calibrate(measure_ranks(heads, build_cache(model, texts.greedy), vocabulary))
+    calibration = calibrate(measure_ranks(heads, build_cache(model, texts.greedy, heads=heads), vocabulary))
     is_original = model is bench.model
     prompts = evaluation_prompts()[: args.eval_prompts]
     answers = texts.answers if is_original else greedy_answers(model, bench.chat, prompts, args.eval_tokens)
     row: dict[str, object] = {"run": name, **figures, "estimator": calibration.estimator}
     for label, text in (("own answers", answers), ("original's answers", texts.answers)):
-        measured = measure_ranks(heads, build_cache(model, text), vocabulary)
+        measured = measure_ranks(heads, build_cache(model, text, heads=heads), vocabulary)
         steps = tokens_per_step(calibration.order, measured, SIZES)
         top1, top5 = ((measured.ranks < limit).float().mean(0).tolist() for limit in (1, 5))
         row[label] = {"tokens_per_step": dict(zip(map(str, SIZES), steps, strict=True)), "top1": top1, "top5": top5}

@@ -101,7 +101,9 @@ def train_job(
     processes.close()
     if processes.is_first:
         if isinstance(trainer, HeadTrainer):
-            ranks = measure_ranks(trainer.heads, build_cache(model, held), trainer.vocabulary).ranks
+            ranks = measure_ranks(
+                trainer.heads, build_cache(model, held, heads=trainer.heads), trainer.vocabulary
+            ).ranks
             figures["top1_held_back"] = [round(value, 4) for value in (ranks < 1).float().mean(0).tolist()]
         _write(job, figures)
 

@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> int:
     model = open_model(args.model, args.device, report, args.quantize)
     heads = open_heads(args.heads, model, report)
     text = _own_answers(args, model, report) if text is None else text
-    cache, vocabulary = build_cache(model, text), Vocabulary(model, heads.token_map)
+    cache, vocabulary = build_cache(model, text, heads=heads), Vocabulary(model, heads.token_map)
     measured = measure_ranks(heads, cache, vocabulary)
     if measured.num_answers < 2:
         raise InvalidParameterError(f"{measured.num_answers} answers are too few to calibrate on; leave --data out.")

@@ -10,10 +10,12 @@ from typing import Any
 
 import torch
 
+from engine.backbone import BackboneConfig
 from engine.build import choose_device
 from engine.errors import InvalidParameterError
 from engine.heads import OUTPUTS, SEES, HeadsConfig, MedusaHeads, parameter_count
 from engine.models.heads_file import STORAGES, save_heads
+from engine.prefix_attention import PrefixConfig, middle_layers
 from engine.training.checkpoint import saved_settings
 from engine.training.cli_options import (
     Report,
@@ -29,7 +31,7 @@ from engine.training.cli_options import (
 from engine.training.dataset import TextSet, hold_back, load_text, most_used_tokens
 from engine.training.dense import TrainingModel
 from engine.training.joint_result import train_jointly
-from engine.training.medusa1 import HeadTrainer, TrainingPlan, Vocabulary, build_heads
+from engine.training.medusa1 import PREFIX_WINDOW, HeadTrainer, TrainingPlan, Vocabulary, build_heads
 from engine.training.medusa2 import JointPlan
 from engine.training.processes import Processes, open_processes
 from engine.training.shards import read_index
@@ -87,6 +89,13 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         "--width", type=_width, default=2048, metavar="N|none", help="inner width; none: the paper's block"
     )
     shape.add_argument("--sees", choices=SEES, default="path", help="tokens seen beside the state (default: path)")
+    shape.add_argument(
+        "--prefix-layers",
+        type=_layers,
+        default="auto",
+        metavar="auto|none|N,N",
+        help="layers, from 0, that a prefix attention reads besides the last state (default: two in the middle)",
+    )
     shape.add_argument("--output", choices=OUTPUTS, default="truncated", help="output matrix (default: truncated)")
     shape.add_argument(
         "--draft-vocab", type=at_least(1), default=16384, metavar="N", help="tokens of a truncated output"
@@ -141,6 +150,10 @@ def _width(text: str) -> int | None:
     return None if text == "none" else int(at_least(1)(text))
 
 
+def _layers(text: str) -> str | tuple[int, ...]:
+    return text if text in ("auto", "none") else tuple(int(at_least(0)(number)) for number in text.split(","))
+
+
 @told_in_a_sentence
 def run(args: argparse.Namespace) -> int:
     """Train and write the result; returns the exit code."""
@@ -159,7 +172,7 @@ def run(args: argparse.Namespace) -> int:
     train = _limited(args, train, model, processes, report)
     report(f"{train.num_documents:,} conversations, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
     heads, vocabulary = _heads(args, train, model, report)
-    plan = _plan(args, train, model, processes)
+    plan = _plan(args, train, model, processes, heads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not processes.is_alone:
         report(f"{processes.count} processes share every step of {plan.batch_tokens:,} tokens")
@@ -169,7 +182,8 @@ def run(args: argparse.Namespace) -> int:
             model, heads, vocabulary, train, held, plan, checkpoint, args.out, args.storage, report, processes
         )
     else:
-        lanes = build_lanes(model, train, plan.window, processes, report)
+        layers = () if heads.prefix is None else heads.prefix.config.layers
+        lanes = build_lanes(model, train, plan.window, processes, report, layers)
         trainer = HeadTrainer(heads, vocabulary, lanes, plan, checkpoint, processes)
         line = _train_heads(args, model, trainer, report)
     if line:
@@ -233,7 +247,18 @@ def _shape(args: argparse.Namespace, model: TrainingModel, vocabulary: Vocabular
         output=args.output,
         draft_vocab=0 if vocabulary.token_map is None else vocabulary.rows.shape[0],
         frequent_first=vocabulary.token_map is not None,
+        prefix=_prefix(args, config),
     )
+
+
+def _prefix(args: argparse.Namespace, config: BackboneConfig) -> PrefixConfig | None:
+    """Return the shape of the prefix attention that was asked for; raises CheckpointMismatchError for other layers."""
+    if args.prefix_layers == "none":
+        return None
+    layers = middle_layers(config) if args.prefix_layers == "auto" else args.prefix_layers
+    prefix = PrefixConfig(layers, config.num_heads, config.num_kv_heads, config.head_dim)
+    prefix.check_fits(config)
+    return prefix
 
 
 def _token_map(args: argparse.Namespace, train: TextSet, model: TrainingModel) -> torch.Tensor | None:
@@ -249,7 +274,9 @@ def _adopt(args: argparse.Namespace, saved: dict[str, Any]) -> None:
     args.max_tokens = args.max_tokens or saved.get("tokens")
 
 
-def _plan(args: argparse.Namespace, train: TextSet, model: TrainingModel, processes: Processes) -> TrainingPlan:
+def _plan(
+    args: argparse.Namespace, train: TextSet, model: TrainingModel, processes: Processes, heads: MedusaHeads
+) -> TrainingPlan:
     batch = args.batch_tokens or BATCH_TOKENS[model.device.type] * processes.count
     epochs = EPOCHS[args.recipe] if args.epochs is None else args.epochs
     steps = math.ceil(epochs * train.num_tokens / batch)
@@ -257,6 +284,7 @@ def _plan(args: argparse.Namespace, train: TextSet, model: TrainingModel, proces
         epochs=epochs,
         seconds=float("inf") if args.time_limit is None else args.time_limit,
         batch_tokens=batch,
+        window=TrainingPlan.window if heads.prefix is None else min(PREFIX_WINDOW, batch),
         learning_rate=RATES[args.recipe] if args.learning_rate is None else args.learning_rate,
         warmup_steps=max(1, min(100, steps // 10)),
         checkpoint_seconds=args.save_every,
@@ -273,8 +301,8 @@ def _limited(
     args: argparse.Namespace, train: TextSet, model: TrainingModel, processes: Processes, report: Report
 ) -> TextSet:
     """Return as much of the text as was asked for, or as what all processes keep of it leaves room for."""
-    kept = 0 if args.recipe == "medusa2" else model.backbone.config.hidden_size  # hidden states, in 16 bits
-    row_bytes = 2 * kept + 9
+    kept = 0 if args.recipe == "medusa2" else model.backbone.config.hidden_size
+    row_bytes = (2 + 2) * kept + 9  # hidden states in 16 bits, and the features of two middle layers in 8
     room = int(torch.cuda.mem_get_info()[0] * 0.6) if model.device.type == "cuda" else 4 * 2**30
     shares = processes.count if kept else 1  # states are shared out, text is not
     limit = args.max_tokens or processes.smallest(room) * shares // row_bytes

@@ -13,7 +13,9 @@ import torch
 from torch import Tensor
 
 from engine.errors import InvalidParameterError
+from engine.heads import MedusaHeads
 from engine.training.dense import TrainingModel, attend_causal
+from engine.training.prefix_states import heads_states, middle_features
 from engine.training.shards import Document, pack_documents, read_shards
 
 __all__ = [
@@ -29,6 +31,9 @@ __all__ = [
 ]
 
 MAX_RUN = 32
+MIDDLE = (
+    torch.float8_e4m3fn
+)  # of middle layers' features: they are of unit scale, and in 16 bits twice the states' size
 HELD_BACK = 1500  # conversations, or a tenth of them where that is less
 
 
@@ -63,12 +68,14 @@ class TextSet:
 class HiddenCache:
     """Everything a head learns from, on the training device, all of one length.
 
-    hidden [total, hidden]; tokens int64 [total]; run int8 [total]: labels of one answer from here on, MAX_RUN at most.
+    hidden [total, hidden]; tokens int64 [total]; run int8 [total]: labels of one answer from here on, MAX_RUN at most;
+    middle [total, layers x hidden]: features of middle layers, where a prefix attention is to learn from them.
     """
 
     hidden: Tensor
     tokens: Tensor
     run: Tensor
+    middle: Tensor | None = None
 
     @property
     def num_tokens(self) -> int:
@@ -125,25 +132,44 @@ def count_runs(labels: Tensor, lengths: Tensor) -> Tensor:
     return (torch.minimum(next_gap, next_start) - place).clamp(0, MAX_RUN).to(torch.int8)
 
 
+@torch.no_grad()
 def build_cache(
-    model: TrainingModel, text: TextSet, batch_tokens: int = 65536, report: Callable[[str], None] = lambda line: None
+    model: TrainingModel,
+    text: TextSet,
+    batch_tokens: int = 65536,
+    report: Callable[[str], None] = lambda line: None,
+    *,
+    layers: Sequence[int] = (),
+    heads: MedusaHeads | None = None,
 ) -> HiddenCache:
-    """Run the backbone once over all documents and keep its hidden states on its device."""
+    """Run the backbone once over all documents and keep its hidden states on its device.
+
+    With `layers` the cache has their features beside them, to learn from. With `heads` that have a prefix attention
+    its answers stand in the place of the hidden states, to measure these heads.
+    """
+    prefix = None if heads is None else heads.prefix
     text = text.select(text.lengths.argsort())
     device, config = model.device, model.backbone.config
     total = text.num_tokens
     hidden = torch.empty(total, config.hidden_size, dtype=model.backbone.cos.dtype, device=device)
+    middle = torch.empty(total, len(layers) * config.hidden_size, dtype=MIDDLE, device=device) if layers else None
+    read = layers if prefix is None else prefix.config.layers
     tokens = text.tokens.to(device, torch.int64)
     start, reported, offset = time.monotonic(), 0.0, 0
     for lengths in _batches(text.lengths.tolist(), batch_tokens):
         count = sum(lengths)
-        hidden[offset : offset + count] = _hidden_states(model, tokens[offset : offset + count], lengths)
+        part, is_text, features = _states(model, tokens[offset : offset + count], lengths, read)
+        if prefix is not None:
+            part = heads_states(prefix, model.backbone, part, features)
+        hidden[offset : offset + count] = part[is_text]
+        if middle is not None and features is not None:
+            middle[offset : offset + count] = features[is_text].to(MIDDLE)
         offset += count
         seconds = time.monotonic() - start
         if seconds - reported > 5 or offset == total:
             reported = seconds
             report(f"hidden states of {offset:,} of {total:,} tokens, {offset / seconds:,.0f} tokens/s")
-    return HiddenCache(hidden, tokens, count_runs(text.labels, text.lengths).to(device))
+    return HiddenCache(hidden, tokens, count_runs(text.labels, text.lengths).to(device), middle)
 
 
 def _join(shards: Sequence[dict[str, Tensor]]) -> TextSet:
@@ -151,15 +177,20 @@ def _join(shards: Sequence[dict[str, Tensor]]) -> TextSet:
     return TextSet(parts["tokens"], parts["labels"], parts["lengths"].long(), parts["greedy"].bool())
 
 
-@torch.no_grad()
-def _hidden_states(model: TrainingModel, tokens: Tensor, lengths: Sequence[int]) -> Tensor:
-    """Return the hidden states of documents one behind the other: tokens [sum of lengths] -> [same, hidden]."""
+def _states(
+    model: TrainingModel, tokens: Tensor, lengths: Sequence[int], layers: Sequence[int]
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return hidden states [documents, longest, hidden], where text is, and the features of `layers`.
+
+    tokens [sum of lengths]: documents one behind the other.
+    """
     widths = torch.tensor(lengths, device=tokens.device)
     columns = torch.arange(max(lengths), device=tokens.device)
     is_text = columns < widths.unsqueeze(1)
     padded = torch.zeros(is_text.shape, dtype=torch.int64, device=tokens.device)
     padded[is_text] = tokens
-    return model.backbone(padded, columns.expand_as(padded), attend_causal)[is_text]
+    hidden, *left = model.backbone.states(padded, columns.expand_as(padded), attend_causal, layers)
+    return hidden, is_text, middle_features(left)
 
 
 def _batches(lengths: Sequence[int], batch_tokens: int) -> list[list[int]]:

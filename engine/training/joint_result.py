@@ -83,7 +83,7 @@ def train_jointly(
         return ""
     tuned = merged_model(model)
     report("adapters merged; measuring on the held-back conversations")
-    cache = build_cache(tuned, held)
+    cache = build_cache(tuned, held, heads=heads)
     of_tuned = Vocabulary(tuned, heads.token_map)
     measured = measure_ranks(heads, cache, of_tuned)
     calibration = with_pruned(calibrate(measured), measured, heads, cache, of_tuned)

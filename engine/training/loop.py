@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from engine.errors import InvalidParameterError
 from engine.training.checkpoint import load_checkpoint, save_checkpoint
 from engine.training.processes import ALONE, Processes
 
@@ -92,6 +93,11 @@ class TrainingLoop(ABC):
             share = self.share
             if has_news and (share >= 1 or self._is_report_due(silent)):
                 figures = self.report(share, silent, self.processes.spoken(report))
+                if not math.isfinite(figures["loss"]):  # nothing is saved over the last good checkpoint
+                    raise InvalidParameterError(
+                        f"The loss is {figures['loss']} at step {self.step}; start again with a lower --learning-rate "
+                        f"than {self.plan.learning_rate}."
+                    )
                 reported, has_news = time.monotonic(), False
             if share >= 1:
                 break

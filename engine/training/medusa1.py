@@ -6,20 +6,24 @@ A loss is divided by the labels of the whole step, so parts of a step that sever
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from engine.errors import InvalidParameterError
 from engine.heads import HeadsConfig, MedusaHeads, seen_embeddings
 from engine.training.dataset import HiddenCache
 from engine.training.dense import TrainingModel
 from engine.training.loop import TrainingLoop, TrainingPlan
 from engine.training.losses import IGNORED, head_loss
+from engine.training.prefix_states import begin_scaled, end_scaled, heads_states
 from engine.training.processes import ALONE, Processes
 from engine.training.windows import HeadBatch, Lanes, WindowBatches
 
 __all__ = [
+    "PREFIX_WINDOW",
     "HeadBatch",
     "HeadSums",
     "HeadTrainer",
@@ -30,6 +34,8 @@ __all__ = [
     "heads_loss",
 ]
 
+SAMPLE = 65536  # tokens by which the scale of channels is measured
+PREFIX_WINDOW = 1024  # tokens of a window where a prefix attention learns to look back
 DEPTH_WEIGHT = 0.8  # head i counts 0.8^i (MEDUSA, section 2.2)
 
 
@@ -37,10 +43,12 @@ class Vocabulary:
     """The draft vocabulary over one model: its `lm_head` rows and where each token stands in it.
 
     `rows` [draft vocab, hidden]; `place` int64 [vocab], IGNORED outside; `embeddings` [vocab, hidden]: seen by heads.
+    `backbone` is the model's, whose positions a prefix attention shares.
     """
 
     def __init__(self, model: TrainingModel, token_map: Tensor | None) -> None:
         weight = model.lm_head_weight
+        self.backbone = model.backbone
         self.token_map = None if token_map is None else token_map.to(weight.device)
         self.rows = weight if self.token_map is None else weight[self.token_map]
         ids = torch.arange(weight.shape[0], device=weight.device) if self.token_map is None else self.token_map
@@ -163,10 +171,18 @@ class HeadTrainer(TrainingLoop):
         windows_per_step = max(1, plan.batch_tokens // plan.window)
         halo = heads.config.num_heads + 1
         self.batches = WindowBatches(lanes, plan.window, windows_per_step, halo, plan.seed)
+        if heads.prefix is not None:  # before the optimiser takes the parameters
+            begin_scaled(heads.prefix, self._sample())
         groups = [(list(heads.parameters()), 1.0)]
         super().__init__(heads, groups, plan, self.batches.num_steps, checkpoint, processes)
         self._sums = HeadSums(heads.config.num_heads, self.device)
         self.resume({**heads.config.to_dict(), "tokens": lanes.num_tokens, "quantize": lanes.quantize})
+
+    def run(self, report: Callable[[str], None]) -> dict[str, float]:
+        figures = super().run(report)
+        if self.heads.prefix is not None:
+            end_scaled(self.heads.prefix)
+        return figures
 
     def train_step(self, share: float) -> bool:
         batch = self.batches.batch(self.step)
@@ -180,7 +196,26 @@ class HeadTrainer(TrainingLoop):
     def _loss(self, batch: HeadBatch, counts: Tensor) -> Tensor:
         teacher = batch.hidden @ self.vocabulary.rows.T
         self._sums.tokens += batch.tokens.numel()
-        return heads_loss(self.heads, self.vocabulary, batch, teacher, self._sums, counts=counts)
+        return heads_loss(self.heads, self.vocabulary, self._read(batch), teacher, self._sums, counts=counts)
+
+    def _read(self, batch: HeadBatch) -> HeadBatch:
+        """Return a batch whose hidden states are what heads read; a prefix attention looks back within windows."""
+        if self.heads.prefix is None or batch.middle is None:
+            return batch
+        length = self.batches.window + self.batches.halo
+        hidden, middle = (part.unflatten(0, (-1, length)) for part in (batch.hidden, batch.middle))
+        read = heads_states(self.heads.prefix, self.vocabulary.backbone, hidden, middle)
+        return replace(batch, hidden=read.flatten(0, 1))
+
+    def _sample(self) -> Tensor:
+        """Return features of some tokens, [rows, features x hidden]."""
+        cache, middle = self.cache, self.cache.middle
+        if middle is None:
+            raise InvalidParameterError(
+                "A prefix attention learns from middle layers; build the lanes with its layers."
+            )
+        rows = torch.arange(0, cache.num_tokens, max(1, cache.num_tokens // SAMPLE), device=middle.device)
+        return torch.cat([cache.hidden[rows].float(), middle[rows].float()], dim=-1)
 
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
         sums, self._sums = self._sums, HeadSums(self.heads.config.num_heads, self.device)

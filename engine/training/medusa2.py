@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -22,6 +23,7 @@ from engine.training.joint_loss import divergence
 from engine.training.loop import TrainingLoop, TrainingPlan
 from engine.training.lora import LoraAdapters
 from engine.training.medusa1 import HeadBatch, HeadSums, Vocabulary, count_labels, heads_loss
+from engine.training.prefix_states import begin_scaled, end_scaled, heads_states, middle_features
 from engine.training.processes import ALONE, Processes
 
 __all__ = ["JointPlan", "JointTrainer"]
@@ -54,6 +56,13 @@ class JointPlan(TrainingPlan):
         return self.lambda0 * (math.sin(math.pi / 2 * min(1.0, since / self.ramp)) if self.ramp else 1.0)
 
 
+class _States(NamedTuple):
+    """Of the texts' tokens, one document behind the other: hidden states, and what heads read, [tokens, hidden]."""
+
+    hidden: Tensor
+    read: Tensor
+
+
 class JointTrainer(TrainingLoop):
     """Trains heads and the adapters that it puts into `model`'s backbone. Goes on from `checkpoint` where that exists.
 
@@ -76,12 +85,20 @@ class JointTrainer(TrainingLoop):
         self.teacher_output = model.lm_head_weight
         self.adapters = LoraAdapters(model.backbone, seed=plan.seed)
         self.batches = DocumentBatches(text, plan.batch_tokens, model.device, plan.seed, processes)
+        if heads.prefix is not None:  # before the optimiser takes the parameters
+            begin_scaled(heads.prefix, self._sample())
         module = nn.ModuleDict({"heads": heads, "adapters": self.adapters})
         groups = [(list(self.adapters.parameters()), 1.0), (list(heads.parameters()), HEAD_RATE)]
         super().__init__(module, groups, plan, self.batches.num_batches, checkpoint, processes)
         self._begin_sums()
         rank = {"rank": self.adapters.rank, "alpha": self.adapters.alpha}
         self.resume({**heads.config.to_dict(), **rank, "tokens": text.num_tokens, "quantize": model.quantize})
+
+    def run(self, report: Callable[[str], None]) -> dict[str, float]:
+        figures = super().run(report)
+        if self.heads.prefix is not None:
+            end_scaled(self.heads.prefix)
+        return figures
 
     def train_step(self, share: float) -> bool:
         batch = self.batches.batch(*divmod(self.step, self.batches.num_batches))
@@ -97,13 +114,14 @@ class JointTrainer(TrainingLoop):
     def _loss(self, batch: PaddedBatch, share: float, counts: Tensor) -> Tensor:
         """counts: the positions of the whole step with runs of 1, 2, ... labels."""
         self._sums.tokens += batch.run.numel()
-        with torch.no_grad(), self.adapters.switched_off():
-            teacher = self._hidden(batch)
         if share < self.plan.heads_first:
-            return self._heads_loss(batch, teacher, None, counts[1:])
-        hidden, output = self._hidden(batch), self.output()
-        loss = self._backbone_loss(batch, hidden, output, teacher) / counts[0]
-        return loss + self.plan.lambda_at(share) * self._heads_loss(batch, hidden, output, counts[1:])
+            with self.adapters.switched_off():
+                return self._heads_loss(batch, self._states(batch, learns=False), None, counts[1:])
+        with torch.no_grad(), self.adapters.switched_off():
+            teacher = self._states(batch).hidden
+        states, output = self._states(batch), self.output()
+        loss = self._backbone_loss(batch, states.hidden, output, teacher) / counts[0]
+        return loss + self.plan.lambda_at(share) * self._heads_loss(batch, states, output, counts[1:])
 
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
         kl, same, count = self.processes.add_up(torch.stack([self._kl, self._same, self._count])).tolist()
@@ -123,10 +141,27 @@ class JointTrainer(TrainingLoop):
         """Return the adapted output matrix [vocab, hidden], rounded as the merged one will be."""
         return (self.teacher_output.float() + self.adapters.lm_head.delta()).to(self.teacher_output.dtype)
 
-    def _hidden(self, batch: PaddedBatch) -> Tensor:
-        """Return the hidden states of the texts' tokens, one document behind the other."""
+    def _states(self, batch: PaddedBatch, learns: bool = True) -> _States:
+        """Run the backbone on a batch; only where it `learns` gradients reach it."""
+        with torch.set_grad_enabled(learns and torch.is_grad_enabled()):
+            hidden, middle = self._run(batch)
+        read = heads_states(self.heads.prefix, self.model.backbone, hidden, middle)
+        return _States(hidden[batch.is_text], read[batch.is_text])
+
+    def _run(self, batch: PaddedBatch) -> tuple[Tensor, Tensor | None]:
+        """Return hidden states and middle layers' features, [documents, longest, ...] each."""
         positions = torch.arange(batch.tokens.shape[1], device=self.device).expand_as(batch.tokens)
-        return self.model.backbone(batch.tokens, positions, attend_causal)[batch.is_text]
+        layers = () if self.heads.prefix is None else self.heads.prefix.config.layers
+        hidden, *left = self.model.backbone.states(batch.tokens, positions, attend_causal, layers)
+        return hidden, middle_features(left)
+
+    @torch.no_grad()
+    def _sample(self) -> Tensor:
+        """Return features of one batch's tokens, [tokens, features x hidden]."""
+        batch = self.batches.batch(0, 0)
+        hidden, middle = self._run(batch)
+        assert middle is not None
+        return torch.cat([hidden, middle], dim=-1)[batch.is_text]
 
     def _backbone_loss(self, batch: PaddedBatch, hidden: Tensor, output: Tensor, teacher: Tensor) -> Tensor:
         """Return the summed divergence."""
@@ -138,13 +173,13 @@ class JointTrainer(TrainingLoop):
         return total
 
     def _heads_loss(
-        self, batch: PaddedBatch, hidden: Tensor, output: Tensor | None, counts: Tensor | None = None
+        self, batch: PaddedBatch, states: _States, output: Tensor | None, counts: Tensor | None = None
     ) -> Tensor:
         """Let the heads learn the text and what the backbone, as it is now, would say; `output` None: unadapted."""
         rows = (batch.run >= 2).nonzero().flatten()
-        learnt = HeadBatch(hidden, batch.tokens[batch.is_text], rows, batch.run[rows])
+        learnt = HeadBatch(states.read, batch.tokens[batch.is_text], rows, batch.run[rows])
         shared = self.vocabulary.rows if output is None else self._drafted(output)
-        teacher = hidden.detach() @ shared.detach().T
+        teacher = states.hidden.detach() @ shared.detach().T
         return heads_loss(self.heads, self.vocabulary, learnt, teacher, self._sums, shared, counts)
 
     def _drafted(self, output: Tensor) -> Tensor:

@@ -5,14 +5,14 @@ no other's; a step takes windows from the lanes in turn. So a step learns from t
 holds all lanes or several share them, and a stopped run may go on with another number of processes.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
 from torch import Tensor
 
-from engine.training.dataset import HiddenCache, TextSet, build_cache
+from engine.training.dataset import MIDDLE, HiddenCache, TextSet, build_cache
 from engine.training.dense import TrainingModel
 from engine.training.processes import ALONE, Processes
 
@@ -24,12 +24,16 @@ MIN_WINDOWS = 4  # a lane; text for less is not worth a lane more
 
 @dataclass(frozen=True)
 class HeadBatch:
-    """Text one behind the other: hidden [n, hidden], tokens [n]; `rows` to learn at and their runs of labels."""
+    """Text one behind the other: hidden [n, hidden], tokens [n]; `rows` to learn at and their runs of labels.
+
+    `middle` as in HiddenCache.
+    """
 
     hidden: Tensor
     tokens: Tensor
     rows: Tensor
     run: Tensor
+    middle: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -61,8 +65,9 @@ def build_lanes(
     window: int,
     processes: Processes = ALONE,
     report: Callable[[str], None] = lambda line: None,
+    layers: Sequence[int] = (),
 ) -> Lanes:
-    """Run the backbone once over the documents of this process's lanes.
+    """Run the backbone once over the documents of this process's lanes; of `layers` the features are kept too.
 
     Every lane gets documents of all lengths, so lanes are about equally long.
     """
@@ -76,12 +81,16 @@ def build_lanes(
     hidden = torch.empty(total, model.backbone.config.hidden_size, dtype=model.backbone.cos.dtype, device=model.device)
     tokens = torch.empty(total, dtype=torch.int64, device=model.device)
     run = torch.empty(total, dtype=torch.int8, device=model.device)
+    middle = torch.empty(total, len(layers) * hidden.shape[1], dtype=MIDDLE, device=model.device) if layers else None
     for number, lane in enumerate(own, 1):
-        part = build_cache(model, text.select(documents[lane]), report=_numbered(report, number, len(own)))
+        told = _numbered(report, number, len(own))
+        part = build_cache(model, text.select(documents[lane]), report=told, layers=layers)
         place = slice(offset, offset + part.num_tokens)
         hidden[place], tokens[place], run[place] = part.hidden, part.tokens, part.run
+        if middle is not None and part.middle is not None:
+            middle[place] = part.middle
         offset += part.num_tokens
-    return Lanes(HiddenCache(hidden, tokens, run), sizes, own, model.quantize)
+    return Lanes(HiddenCache(hidden, tokens, run, middle), sizes, own, model.quantize)
 
 
 def _deal(text: TextSet, count: int) -> list[Tensor]:
@@ -127,7 +136,8 @@ class WindowBatches:
         rows = (run >= 2).nonzero().flatten()
         if rows.numel() == 0:
             return None
-        return HeadBatch(self.cache.hidden[index], self.cache.tokens[index], rows, run[rows])
+        middle = None if self.cache.middle is None else self.cache.middle[index]
+        return HeadBatch(self.cache.hidden[index], self.cache.tokens[index], rows, run[rows], middle)
 
     def _windows(self, step: int) -> list[tuple[int, int]]:
         """Return (start, end of the lane) in the cache of each own window of a step."""
