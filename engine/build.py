@@ -31,6 +31,7 @@ from engine.kernels.nvrtc import KernelCompileError
 from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
 from engine.native_drafter import NativeDrafter
 from engine.native_runner import NativeRunner
+from engine.prefix_attention import PrefixAttention
 from engine.runner import Runner
 from engine.step_times import SIZES
 from engine.torch_runner import TorchRunner
@@ -174,7 +175,12 @@ def build_torch_runner(
 
 
 def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> tuple[Drafter, tuple[str, ...]]:
-    """Put heads beside their backbone; return the drafter, and a note where its kernels cannot draft for it."""
+    """Put heads beside their backbone; return the drafter, and a note where its kernels cannot draft for it.
+
+    Raises CheckpointMismatchError where the heads' prefix attention is not one for this backbone.
+    """
+    if heads.prefix is not None:
+        built.runner.attach(heads.prefix)
     if isinstance(built.runner, CudaRunner):
         try:
             return CudaDrafter(heads, built.runner, lm_head), ()
@@ -261,7 +267,7 @@ def _swap_linears(module: nn.Module, linear: LinearFactory) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, _Biased(linear(DenseWeight(child.weight.detach())), child.bias))
-        else:
+        elif not isinstance(child, PrefixAttention):  # that is the runner's
             _swap_linears(child, linear)
 
 

@@ -43,18 +43,17 @@ class DecodeLoop:
         self._params = params
         self._seed = seed
         self._sampler = None if params.is_argmax else Sampler(runner.config.vocab_size, runner.device)
-        self._hidden: Tensor  # behind the root: where the heads read
         self._root: int
 
     def prefill(self, tokens: Sequence[int], cached: Sequence[int] = ()) -> int:
         """Run the prompt's new tokens, after those that are cached, and return the answer's first token."""
         if self._sampler:
             self._sampler.start(self._params, self._seed, [*cached, *tokens])
-        self._hidden = self._runner.prefill(tokens)
+        hidden = self._runner.prefill(tokens).unsqueeze(0)
         if self._sampler:
-            self._root = int(self._sampler.choose(*self._row(self._runner.logits(self._hidden.unsqueeze(0)), [])))
+            self._root = int(self._sampler.choose(*self._row(self._runner.logits(hidden), [])))
         else:
-            self._root = self._runner.greedy(self._hidden.unsqueeze(0))[0]
+            self._root = self._runner.greedy(hidden)[0]
         return self._root
 
     def steps(self, tree: Tree) -> Iterator[DecodeStep]:
@@ -62,9 +61,9 @@ class DecodeLoop:
         while True:
             started = time.perf_counter()
             fitting, draft = self._draft(self._fit(tree))
-            hidden = self._runner.verify(draft.tokens, fitting)
+            hidden = self._runner.verify(draft.tokens, fitting, for_heads=self._drafter is not None)
             path, bonus = self._accept(fitting, draft, hidden)
-            self._commit(path, bonus, hidden, draft.tokens)
+            self._commit(path, bonus, draft.tokens)
             yield DecodeStep(
                 tokens=(*(draft.tokens[node] for node in path[1:]), bonus),
                 num_accepted=len(path) - 1,
@@ -79,7 +78,7 @@ class DecodeLoop:
         """Return the tree to verify and its guesses: of a pruned one what this step keeps."""
         if self._drafter is None or tree.num_drafted == 0:
             return PLAIN, Draft([self._root], [1.0])
-        draft = self._drafter.draft(self._hidden, self._root, tree.filled)
+        draft = self._drafter.draft(self._runner.heads_state(), self._root, tree.filled)
         if not isinstance(tree, PrunedTree):
             return tree, draft
         kept = tree.kept(draft.probabilities)
@@ -110,12 +109,12 @@ class DecodeLoop:
         path = accept_typical(tree, draft.tokens, probabilities, params.epsilon, params.delta)
         return Verified(path, target(path[-1]))
 
-    def _commit(self, path: list[int], bonus: int, hidden: Tensor, tokens: Sequence[int]) -> None:
+    def _commit(self, path: list[int], bonus: int, tokens: Sequence[int]) -> None:
         if self._sampler:
             said = tensor([tokens[node] for node in path]).to(self._runner.device)
             self._sampler.history.add(said, torch.ones_like(said, dtype=torch.bool))
         self._runner.commit(path)
-        self._hidden, self._root = hidden[path[-1]], bonus
+        self._root = bonus
 
     def _row(self, logits: Tensor, above: Sequence[int]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Return what the sampler needs to choose from logits [1, vocab] the token after those `above` it."""

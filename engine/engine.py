@@ -180,7 +180,7 @@ class Engine:
         seed = draw_seed() if params.seed is None else params.seed
         loop = make_loop(self._runner, drafter, params, seed)
         taken: list[DecodeStep] = []
-        cached = self._reuse(prompt)
+        cached = self._reuse(prompt, for_heads=drafter is not None)
         try:
             yield record.first(loop.prefill(prompt[cached:], prompt[:cached]))
             steps = loop.steps(tree)
@@ -228,13 +228,17 @@ class Engine:
             )
         return min(room, max_tokens)
 
-    def _reuse(self, prompt: list[int]) -> int:
-        """Keep the cached rows that the prompt begins with; at least its last token is always run again."""
+    def _reuse(self, prompt: list[int], *, for_heads: bool) -> int:
+        """Keep the cached rows that the prompt begins with; at least its last token is always run again.
+
+        What was decoded plainly is run again too where heads are to look back at it.
+        """
         common = 0
         for ours, theirs in zip(self._cached, prompt[:-1], strict=False):
             if ours != theirs:
                 break
             common += 1
+        common = min(common, self._runner.num_prefixed) if for_heads else common
         self._runner.truncate(common)
         self._cached = prompt[:common]
         return common
@@ -268,6 +272,8 @@ def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> _Heads:
     config, lm_head = source.config, source.weights.lm_head
     try:
         loaded = read_heads(path, Target(config.hidden_size, config.vocab_size, source.name, lm_head.dequantize))
+        if loaded.heads.config.prefix is not None:
+            loaded.heads.config.prefix.check_fits(config)
         trees = NestedTree.beside(path).limited(loaded.heads.config.num_heads)
     except EngineError as error:
         if heads != "auto":

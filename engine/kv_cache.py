@@ -21,8 +21,11 @@ _GROWTH = 256  # rows; a step this small keeps unused rows under a few MB for th
 class KVCache:
     """`keys` and `values` are [layers, kv_heads, capacity, head_dim]; rows from `length` on are free to overwrite."""
 
-    def __init__(self, config: BackboneConfig, device: torch.device | str, dtype: torch.dtype) -> None:
+    def __init__(
+        self, config: BackboneConfig, device: torch.device | str, dtype: torch.dtype, *, num_layers: int | None = None
+    ) -> None:
         self._config = config
+        self._num_layers = config.num_layers if num_layers is None else num_layers
         self._device, self._dtype = device, dtype
         self.length = 0
         self.keys = self._buffer(0)
@@ -60,7 +63,10 @@ class KVCache:
         self.length += rows
 
     def commit(self, path: Sequence[int]) -> None:
-        """Copy the scratch rows of `path` (root first) behind the committed ones and drop the rest."""
+        """Copy the scratch rows of `path` (root first) behind the committed ones and drop the rest.
+
+        Layers that kept no scratch rows get none.
+        """
         for layer, (key, value) in enumerate(self._scratch):
             self.append(layer, key[list(path)], value[list(path)])
         self._scratch.clear()
@@ -75,7 +81,7 @@ class KVCache:
 
     def _buffer(self, rows: int) -> Tensor:
         config = self._config
-        shape = (config.num_layers, config.num_kv_heads, rows, config.head_dim)
+        shape = (self._num_layers, config.num_kv_heads, rows, config.head_dim)
         return torch.zeros(shape, device=self._device, dtype=self._dtype)
 
     def _grow(self, rows: int) -> None:

@@ -27,8 +27,8 @@ class Careless:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._runner, name)
 
-    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
-        hidden = self._runner.verify(tokens, tree)
+    def verify(self, tokens: Sequence[int], tree: CandidateTree, **options: bool) -> Tensor:
+        hidden = self._runner.verify(tokens, tree, **options)
         if len(hidden) > 1 and self._runner.num_committed >= self._wrong_from:
             return hidden.roll(1, dims=0)
         return hidden
