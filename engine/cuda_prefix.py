@@ -39,7 +39,7 @@ class PrefixLayer:
         def pack(matrix: nn.Linear) -> PackedLinear:
             return pack_matrix([DenseWeight(matrix.weight.detach())], "int8", memory.dtype, memory.device)
 
-        self._query_key_value, self._output = pack(prefix.query_key_value), pack(prefix.output)
+        self._query_key_value, self._output = self.matrices = pack(prefix.query_key_value), pack(prefix.output)
         self._layer = memory.add_layer()
         # What leaves the last layer stays in `x` anyway, where the norm reads it.
         own = [layer for layer in layers if layer < config.num_layers - 1]
@@ -50,7 +50,7 @@ class PrefixLayer:
 
     def prepare(self, rows: int) -> None:
         """Choose how to run both matrices for so many rows."""
-        self._linear.prepare([self._query_key_value, self._output], rows)
+        self._linear.prepare(self.matrices, rows)
 
     def launch(self, rows: int, attend: Callable[[int, Tensor], None]) -> None:
         """Run a pass's rows, whose hidden states are in the memory; `attend` is that of the pass's other layers."""
@@ -63,7 +63,7 @@ class PrefixLayer:
 
     @property
     def weight_bytes(self) -> int:
-        return self._query_key_value.num_bytes + self._output.num_bytes
+        return sum(matrix.num_bytes for matrix in self.matrices)
 
     @property
     def work_bytes(self) -> int:

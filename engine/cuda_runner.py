@@ -21,6 +21,7 @@ from engine.cuda_pass_tuning import PassTuner
 from engine.cuda_plan import TreePlan, VerifiedNodes, copy_tables
 from engine.cuda_prefix import PrefixLayer
 from engine.cuda_step_parts import ChoosesTokens, LaunchesDrafts
+from engine.cuda_tuning import compile_candidates
 from engine.cuda_weights import PackedBackbone
 from engine.errors import ContextLengthError
 from engine.kernels import fused_ops
@@ -81,7 +82,10 @@ class CudaRunner:
 
     def attach(self, prefix: PrefixAttention) -> None:
         assert self._forward.prefix is None and self._length == 0, "attach once, before any text"
-        self._forward.prefix = PrefixLayer(prefix, self.memory, self.linear, self.load)
+        layer = PrefixLayer(prefix, self.memory, self.linear, self.load)
+        if isinstance(self.linear.choose, PassTuner):  # measuring would compile its candidates one by one
+            compile_candidates([*layer.matrices, self._packed.lm_head], range(1, MAX_ROWS + 1))
+        self._forward.prefix = layer
         self._plans.clear()  # so that what they need besides is prepared
         self.graphs.clear()
         self._verified, self._prefixed = None, 0
@@ -210,7 +214,7 @@ class CudaRunner:
     ) -> StepOutput:
         """Queue one step from the memory's root and what heads read behind it; nothing waits.
 
-        Without a `chooser` it is greedy; without a drafter the next one's heads have nothing to read.
+        Without a `chooser` it is greedy; without a drafter no heads can read behind it (see `num_prefixed`).
         `longest` is the most committed rows that there may be before it, counting steps that are still under way.
         """
         self._reserve(longest + tree.max_depth + 1)
