@@ -74,7 +74,7 @@ class CapturedLoop:
                 under_way.append((chosen, output))
             _, output = under_way.popleft()
             record, verified, draft = output.wait()
-            self._runner.arrived(record)
+            self._runner.arrived(record, for_heads=output.for_heads)
             before, read_at = read_at, time.perf_counter()
             yield DecodeStep(
                 tokens=(*record.tokens[1:], record.bonus),

@@ -12,6 +12,7 @@ from torch import Tensor
 from engine.cuda_linear import LinearBank
 from engine.cuda_memory import StepMemory
 from engine.cuda_plan import TreePlan, VerifiedNodes
+from engine.cuda_prefix import PrefixLayer
 from engine.cuda_weights import PackedBackbone
 from engine.kernels import fused_ops
 from engine.kernels.draft_guesses import Unsettled, embed_guessed
@@ -24,16 +25,18 @@ from engine.kernels.tree_attention import tree_attention
 __all__ = ["CHUNKS", "Forward"]
 
 CHUNKS = (16, 64)  # rows of a prompt at a time: the last piece is filled up to one of these
+Attend = Callable[[int, Tensor], None]  # (layer, qkv of the rows): the answer goes to the memory's `attended`
 
 
 class Forward:
-    """One backbone's passes; results lie in the memory."""
+    """One backbone's passes, and those of the heads' `prefix` attention; results lie in the memory."""
 
     def __init__(
         self, weights: PackedBackbone, memory: StepMemory, linear: LinearBank, eps: float, load: LoadKernel
     ) -> None:
         self._weights, self._memory, self._linear = weights, memory, linear
         self._eps, self._load = eps, load
+        self.prefix: PrefixLayer | None = None
         self._chunk_depths = {
             rows: torch.arange(-rows, 0, dtype=torch.int32).to(memory.device) for rows in CHUNKS
         }  # counted back from the chunk's end: all its keys are in the cache by then
@@ -49,19 +52,15 @@ class Forward:
         *,
         pruned: TreePlan | None = None,
         layers: int | None = None,
+        for_heads: bool = False,
     ) -> None:
         """Run a tree's nodes after the committed text, up to the last norm; the root is the record's bonus token.
 
         The tree's last guesses may be `unsettled`; they are not afterwards. Of a `pruned` tree the nodes are found
-        first. `layers` stops behind so many of them, for measurements.
+        first. `layers` stops behind so many of them, for measurements. With `for_heads` what `prefix_of_tree` reads of
+        the middle layers is kept.
         """
         memory, rows = self._memory, nodes.num_nodes
-        keys, values = memory.scratch(rows)
-
-        def attend(layer: int, qkv: Tensor) -> None:
-            cache = memory.cache_keys[layer], memory.cache_values[layer]
-            self._attend(qkv, memory.record, nodes.depth, nodes.ancestor_at, cache, (keys[layer], values[layer]))
-
         table, x = self._weights.embedding, memory.x[:rows]
         if pruned is not None and pruned.kept is not None:
             filled, kept, shape = pruned.filled, pruned.kept, (pruned.depth, pruned.ancestor_at)
@@ -70,14 +69,24 @@ class Forward:
             fused_ops.embed_tokens(nodes.tokens, table, memory.record, x, load=self._load)
         else:
             embed_guessed(unsettled, table, memory.record, x, load=self._load)
-        self._layers(rows, attend, layers)
+        self._layers(rows, self._attend_in_tree(nodes), layers, for_heads=for_heads)
+
+    def prefix_of_tree(self, nodes: VerifiedNodes) -> None:
+        """Run the prefix attention, if there is one, over a finished tree that was run `for_heads`."""
+        if self.prefix is not None:
+            self.prefix.launch(nodes.num_nodes, self._attend_in_tree(nodes))
+
+    def states(self, rows: int, *, for_heads: bool) -> Tensor:
+        """Return where the hidden states of a pass lie [rows, hidden], or what heads read behind its rows."""
+        source = self._memory.hidden if self.prefix is None or not for_heads else self.prefix.states
+        return source[:rows]
 
     def read_embedding(self) -> None:
         """Have the GPU's cache hold the embeddings instead of anything else, as far as they are large enough."""
         self._weights.embedding.sum()
 
     def finish_tree(self, rows: int) -> None:
-        """Put the hidden states of the tree's nodes where `commit` reads them."""
+        """Put the hidden states of a tree's nodes, or a chunk's rows, where all else reads them."""
         self._norm(self._memory.x[:rows], self._weights.norm, self._memory.hidden[:rows])
 
     def score_tree(self, rows: int) -> Tensor:
@@ -100,22 +109,27 @@ class Forward:
         return fused_ops.argmax_keys(logits, out=keys, load=self._load)
 
     def chunk(self, rows: int) -> None:
-        """Run `rows` tokens of a prompt, which end before row `span` of the text; `x` gets what leaves the layers."""
-        memory, depth = self._memory, self._chunk_depths[rows]
+        """Run `rows` tokens of a prompt, which end before row `span` of the text; `x` gets what leaves the layers.
 
-        def attend(layer: int, qkv: Tensor) -> None:
-            cache = memory.cache_keys[layer], memory.cache_values[layer]
-            fused_ops.rotate_into_cache(qkv, memory.angles, memory.span, depth, *cache, load=self._load)
-            self._attend(qkv, memory.span, depth, None, cache, None)
-
+        The prefix attention, if there is one, needs them all finished, as their keys are for those that follow.
+        """
+        memory, attend = self._memory, self._attend_in_chunk(rows)
         fused_ops.embed_tokens(
             memory.chunk_tokens[:rows], self._weights.embedding, None, memory.x[:rows], load=self._load
         )
-        self._layers(rows, attend)
+        self._layers(rows, attend, for_heads=True)
+        if self.prefix is not None:
+            self.finish_tree(rows)
+            self.prefix.launch(rows, attend)
 
-    def finish_chunk(self, row: int) -> None:
-        """Put the hidden state of a chunk's row where the heads read it."""
-        self._norm(self._memory.x[row : row + 1], self._weights.norm, self._memory.state)
+    def finish_chunk(self, row: int) -> Tensor:
+        """Return the hidden state of a chunk's row, [hidden]; what heads read behind it goes to the memory's state."""
+        memory = self._memory
+        if self.prefix is None:
+            self._norm(memory.x[row : row + 1], self._weights.norm, memory.state)
+            return memory.state[0].clone()
+        memory.state.copy_(self.prefix.states[row : row + 1])
+        return memory.hidden[row].clone()
 
     def score(self, hidden: Tensor) -> Tensor:
         """Apply `lm_head` to [rows, hidden] of at most 64 rows; returns the memory's logits of them."""
@@ -129,14 +143,17 @@ class Forward:
         self.finish_tree(rows)
         return self._linear(memory.hidden[:rows], lm_head, best=best, out=out)
 
-    def _layers(self, rows: int, attend: Callable[[int, Tensor], None], count: int | None = None) -> None:
+    def _layers(self, rows: int, attend: Attend, count: int | None = None, *, for_heads: bool) -> None:
         memory, linear = self._memory, self._linear
         x, attended = memory.x[:rows], memory.attended[:rows].flatten(1)
+        kept = self.prefix.middle if self.prefix is not None and for_heads else {}
+        left = x
         for index, layer in enumerate(self._weights.layers[:count]):
-            attend(index, self._normed(x, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
-            linear(attended, layer.attention_output, residual=x, out=x)
+            attend(index, self._normed(left, layer.attention_norm, layer.qkv, memory.qkv[:rows]))
+            linear(attended, layer.attention_output, residual=left, out=x)
             inner = self._normed(x, layer.mlp_norm, layer.gate_up, memory.inner[:rows])
-            linear(inner, layer.down, residual=x, out=x)
+            left = kept.get(index, memory.x)[:rows]  # where what leaves the layer stays takes no launch of its own
+            linear(inner, layer.down, residual=x, out=left)
 
     def _normed(self, x: Tensor, norm: Tensor, matrix: PackedLinear, out: Tensor) -> Tensor:
         """Norm and matrix, in one launch where the matrix's own can do both: the bits are the same."""
@@ -145,6 +162,26 @@ class Forward:
         normed = self._memory.normed[: len(x)]
         self._norm(x, norm, normed)
         return self._linear(normed, matrix, out=out)
+
+    def _attend_in_tree(self, nodes: VerifiedNodes) -> Attend:
+        memory = self._memory
+        keys, values = memory.scratch(nodes.num_nodes)
+
+        def attend(layer: int, qkv: Tensor) -> None:
+            cache = memory.cache_keys[layer], memory.cache_values[layer]
+            self._attend(qkv, memory.record, nodes.depth, nodes.ancestor_at, cache, (keys[layer], values[layer]))
+
+        return attend
+
+    def _attend_in_chunk(self, rows: int) -> Attend:
+        memory, depth = self._memory, self._chunk_depths[rows]
+
+        def attend(layer: int, qkv: Tensor) -> None:
+            cache = memory.cache_keys[layer], memory.cache_values[layer]
+            fused_ops.rotate_into_cache(qkv, memory.angles, memory.span, depth, *cache, load=self._load)
+            self._attend(qkv, memory.span, depth, None, cache, None)
+
+        return attend
 
     def _attend(
         self,

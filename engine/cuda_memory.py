@@ -1,8 +1,11 @@
 """The static memory of a captured step: what goes in, what lies between its launches, the cache, what comes out.
 
 Everything has room for MAX_ROWS rows, and smaller steps use the beginning, so all graphs share it. Only the cache
-grows, in large steps, and with it what depends on the longest context; graphs captured before are then void.
+grows, in large steps, and with it what depends on the longest context; graphs captured before are then void. The
+heads' prefix attention has a layer of its own in it, behind the backbone's (`add_layer`).
 """
+
+import math
 
 import torch
 from torch import Tensor
@@ -42,25 +45,33 @@ class StepMemory:
         self.span = torch.zeros(1, dtype=torch.int32, device=device)  # where the prompt's chunk ends
         self.chunk_tokens = torch.zeros(MAX_ROWS, dtype=torch.int32, device=device)
         qkv = (config.num_heads + 2 * config.num_kv_heads) * config.head_dim
-        self.x, self.normed, self.hidden = (self._rows(config.hidden_size) for _ in range(3))
-        self.qkv, self.inner = self._rows(qkv), self._rows(config.intermediate_size)
-        self.attended = self._rows(config.num_heads, config.head_dim)
+        self.x, self.normed, self.hidden = (self.rows(config.hidden_size) for _ in range(3))
+        self.qkv, self.inner = self.rows(qkv), self.rows(config.intermediate_size)
+        self.attended = self.rows(config.num_heads, config.head_dim)
         self.attention = AttentionWorkspace(self.shape, MAX_ROWS, device)
         self.state = torch.zeros(1, config.hidden_size, dtype=dtype, device=device)  # behind the root: heads read it
         self._logits = torch.zeros(0, device=device)
         self._outgrown: list[Tensor] = []  # captured graphs still write there
         self._keys = torch.zeros(MAX_ROWS * MAX_PLACES, dtype=torch.int64, device=device)
-        scratch = config.num_layers * MAX_ROWS * config.num_kv_heads * config.head_dim
-        self._scratch = [torch.zeros(scratch, dtype=dtype, device=device) for _ in range(2)]
+        self.num_layers = config.num_layers
+        self._scratch = self._scratch_room()
         self.capacity = 0
         self.grow(CACHE_STEP)
 
     def scratch(self, rows: int) -> tuple[Tensor, Tensor]:
         """Return the tree's keys and values for trees of `rows` nodes, [layers, rows, kv_heads, head_dim] each."""
-        config = self.config
-        shape = (config.num_layers, rows, config.num_kv_heads, config.head_dim)
-        count = config.num_layers * rows * config.num_kv_heads * config.head_dim
-        return self._scratch[0][:count].view(shape), self._scratch[1][:count].view(shape)
+        shape = (self.num_layers, rows, self.config.num_kv_heads, self.config.head_dim)
+        keys, values = (room[: math.prod(shape)].view(shape) for room in self._scratch)
+        return keys, values
+
+    def add_layer(self) -> int:
+        """Make room for one more layer in an empty cache; return its index. What was captured before is void."""
+        self.num_layers += 1
+        rows, self.capacity = self.capacity, 0
+        del self.cache_keys, self.cache_values, self._scratch  # before there are larger ones
+        self._scratch = self._scratch_room()
+        self.grow(rows)
+        return self.num_layers - 1
 
     def logits(self, rows: int) -> Tensor:
         """Return room for scores [rows, vocab], float32; it is made for the most rows that were asked for so far."""
@@ -90,7 +101,7 @@ class StepMemory:
         if min(rows, most) <= self.capacity:
             return False
         capacity = min(most, _in_steps(max(rows, self.capacity * 5 // 4)))
-        shape = (config.num_layers, config.num_kv_heads, capacity, config.head_dim)
+        shape = (self.num_layers, config.num_kv_heads, capacity, config.head_dim)
         for name in ("cache_keys", "cache_values"):
             larger = torch.zeros(shape, dtype=self.dtype, device=device)
             if self.capacity:
@@ -120,8 +131,13 @@ class StepMemory:
         others += self.attention.num_bytes + self.kept.num_bytes
         return sum(owned.values()) + others - self.cache_bytes
 
-    def _rows(self, *width: int) -> Tensor:
+    def rows(self, *width: int) -> Tensor:
+        """Make a buffer [MAX_ROWS, ..width] in the activations' type."""
         return torch.zeros(MAX_ROWS, *width, dtype=self.dtype, device=self.device)
+
+    def _scratch_room(self) -> list[Tensor]:
+        width = self.config.num_kv_heads * self.config.head_dim
+        return [self.rows(self.num_layers * width).flatten() for _ in range(2)]
 
 
 def roomy(rows: int) -> int:

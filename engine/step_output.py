@@ -13,10 +13,11 @@ __all__ = ["StepOutput"]
 
 
 class StepOutput:
-    """A step's outbox on its way to the host."""
+    """A step's outbox on its way to the host. `for_heads`: the step left what heads read behind it."""
 
-    def __init__(self, numbers: Tensor, arrived: torch.cuda.Event | None, tree: Tree) -> None:
+    def __init__(self, numbers: Tensor, arrived: torch.cuda.Event | None, tree: Tree, *, for_heads: bool) -> None:
         self._numbers, self._arrived, self._tree = numbers, arrived, tree
+        self.for_heads = for_heads
 
     def wait(self) -> tuple[StepRecord, CandidateTree, Draft]:
         """Return the record, the verified tree and its nodes' guesses, once the step is done."""

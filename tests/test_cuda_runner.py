@@ -5,6 +5,7 @@ from any tree, so the text is the same for any heads.
 """
 
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -107,10 +108,12 @@ class Oracle:
         self.runner.memory.tokens[: plan.num_nodes] = torch.where(right, self.text[here], (self.text[here] + 1) % 96)
 
 
-def decode(loop: DecodeLoop | CapturedLoop, tree: CandidateTree, count: int = 0) -> tuple[list[int], list[int]]:
+def decode(
+    loop: DecodeLoop | CapturedLoop, tree: CandidateTree, count: int = 0, prompt: Sequence[int] = PROMPT
+) -> tuple[list[int], list[int]]:
     count = count or (9 if loop._runner.device == "cpu" else 16)  # emulated steps take long
     loop._runner.truncate(0)
-    tokens, accepted = [loop.prefill(PROMPT)], []
+    tokens, accepted = [loop.prefill(prompt)], []
     for step in loop.steps(tree):
         tokens.extend(step.tokens)
         accepted.append(step.num_accepted)

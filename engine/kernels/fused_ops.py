@@ -5,6 +5,7 @@ in device memory, which is also the one thing the host copies after a step.
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -13,8 +14,9 @@ from engine.kernels.nvrtc import Defines, load_kernel
 from engine.kernels.small_batch_linear import LoadKernel
 
 __all__ = [
-    "ARGMAX_CHUNK", "MAX_PATH", "RECORD_SIZE", "StepRecord", "accept_greedy", "argmax_keys", "best_tokens",
-    "bf16_define", "commit_path", "embed_tokens", "new_record", "rms_norm", "rotary_angles", "rotate_into_cache",
+    "ARGMAX_CHUNK", "MAX_MIDDLE", "MAX_PATH", "RECORD_SIZE", "StepRecord", "accept_greedy", "argmax_keys",
+    "best_tokens", "bf16_define", "commit_path", "embed_tokens", "gather_features", "new_record", "rms_norm",
+    "rotary_angles", "rotate_into_cache",
 ]  # fmt: skip
 
 SOURCE = "fused_ops.cuh"
@@ -23,6 +25,7 @@ LENGTH, OLD_LENGTH, NUM_ACCEPTED, BONUS, PATH = 0, 1, 2, 3, 4
 PATH_TOKENS = PATH + MAX_PATH
 RECORD_SIZE = PATH_TOKENS + MAX_PATH
 ARGMAX_CHUNK = 8192
+MAX_MIDDLE = 3  # middle layers that `gather_features` takes
 
 
 class StepRecord:
@@ -70,6 +73,22 @@ def rms_norm(
     out = torch.empty_like(x) if out is None else out
     load(SOURCE, "rms_norm", bf16_define(x.dtype))((rows,), 256, [x, weight, out, width, eps])
     return out
+
+
+def gather_features(
+    hidden: Tensor, middle: Sequence[Tensor], eps: float, *, out: Tensor, load: LoadKernel = load_kernel
+) -> None:
+    """Put what prefix attention reads side by side: hidden states, and up to 3 middle layers' scaled to unit RMS.
+
+    hidden and each of `middle` [rows, width] -> out [rows, (1 + middle) * width]; width a multiple of 8, at most 16384.
+    """
+    rows, width = hidden.shape
+    assert len(middle) <= MAX_MIDDLE and out.shape == (rows, (1 + len(middle)) * width), f"{len(middle)} middle layers"
+    assert all(t.shape == hidden.shape and t.is_contiguous() for t in (hidden, *middle)) and out.is_contiguous()
+    assert width % 8 == 0 and width <= 16384, f"rows of {width}"
+    absent = [None] * (MAX_MIDDLE - len(middle))
+    kernel = load(SOURCE, "gather_features", bf16_define(hidden.dtype))
+    kernel((rows, 1 + len(middle)), 256, [hidden, *middle, *absent, out, width, eps])
 
 
 def rotary_angles(theta: float, head_dim: int, positions: int) -> Tensor:

@@ -8,6 +8,24 @@
 // The step's record, int32: what the host copies after a step.
 enum { LENGTH = 0, OLD_LENGTH = 1, NUM_ACCEPTED = 2, BONUS = 3, PATH = 4, MAX_PATH = 16, PATH_TOKENS = PATH + MAX_PATH };
 
+// A thread's pieces of a row go to `kept`; returns what scales the row to unit RMS. Every thread of NORM_PLACES calls it.
+__device__ __forceinline__ float keep_row(const uint4* row, uint4 (&kept)[8], float* parts, int width, float eps) {
+    float sum = 0.0f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int piece = threadIdx.x + i * NORM_PLACES;
+        if (piece >= width / 8) break;
+        kept[i] = row[piece];
+        sum = add_squares(sum, kept[i]);
+    }
+    parts[threadIdx.x] = sum;
+    __syncthreads();
+    sum = parts[threadIdx.x & 31];
+#pragma unroll
+    for (int i = 32; i < NORM_PLACES; i += 32) sum += parts[(threadIdx.x & 31) + i];
+    return norm_scale(sum, width, eps);
+}
+
 // out = x / rms(x) * weight, a row a thread block. x [rows, width], width a multiple of 8 and at most 16384.
 extern "C" __global__ void __launch_bounds__(NORM_PLACES) rms_norm(
     const u16* x, const u16* weight, u16* out, int width, float eps) {
@@ -17,28 +35,40 @@ extern "C" __global__ void __launch_bounds__(NORM_PLACES) rms_norm(
     if ((int)threadIdx.x < pieces) factors = ((const uint4*)weight)[threadIdx.x];
     let_next_kernel_start();
     wait_for_previous_kernel();
-    const uint4* row = (const uint4*)(x + (long long)blockIdx.x * width);
     uint4 kept[8];
-    float sum = 0.0f;
-#pragma unroll
-    for (int i = 0; i < 8; ++i) {
-        int piece = threadIdx.x + i * NORM_PLACES;
-        if (piece >= pieces) break;
-        kept[i] = row[piece];
-        sum = add_squares(sum, kept[i]);
-    }
-    parts[threadIdx.x] = sum;
-    __syncthreads();
-    sum = parts[threadIdx.x & 31];
-#pragma unroll
-    for (int i = 32; i < NORM_PLACES; i += 32) sum += parts[(threadIdx.x & 31) + i];
-    const float scale = norm_scale(sum, width, eps);
+    const float scale = keep_row((const uint4*)(x + (long long)blockIdx.x * width), kept, parts, width, eps);
 #pragma unroll
     for (int i = 0; i < 8; ++i) {
         int piece = threadIdx.x + i * NORM_PLACES;
         if (piece >= pieces) break;
         if (i > 0) factors = ((const uint4*)weight)[piece];
         ((uint4*)(out + (long long)blockIdx.x * width))[piece] = normalized(kept[i], factors, scale);
+    }
+}
+
+// What the heads' prefix attention reads of a row, side by side: its hidden state, and what left each middle layer, scaled
+// to unit RMS. Grid: (rows, features). hidden and the others [rows, width] -> out [rows, features, width]; width as above.
+extern "C" __global__ void __launch_bounds__(NORM_PLACES) gather_features(
+    const u16* hidden, const u16* first, const u16* second, const u16* third, u16* out, int width, float eps) {
+    SHARED float parts[NORM_PLACES];
+    let_next_kernel_start();
+    wait_for_previous_kernel();
+    const int feature = blockIdx.y;
+    const u16* from = feature == 0 ? hidden : feature == 1 ? first : feature == 2 ? second : third;
+    const uint4* row = (const uint4*)(from + (long long)blockIdx.x * width);
+    uint4* to = (uint4*)(out + ((long long)blockIdx.x * gridDim.y + feature) * width);
+    if (feature == 0) {
+        for (int piece = threadIdx.x; piece < width / 8; piece += NORM_PLACES) to[piece] = row[piece];
+        return;
+    }
+    uint4 kept[8];
+    const float scale = keep_row(row, kept, parts, width, eps);
+    const u32 one = pack2(1.0f, 1.0f);
+#pragma unroll
+    for (int i = 0; i < 8; ++i) {
+        int piece = threadIdx.x + i * NORM_PLACES;
+        if (piece >= width / 8) break;
+        to[piece] = normalized(kept[i], make_uint4(one, one, one, one), scale);
     }
 }
 
