@@ -174,7 +174,12 @@ def build_torch_runner(
 
 
 def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> tuple[Drafter, tuple[str, ...]]:
-    """Put heads beside their backbone; return the drafter, and a note where its kernels cannot draft for it."""
+    """Put heads beside their backbone; return the drafter, and a note where its kernels cannot draft for it.
+
+    Their prefix attention goes to the runner, whatever drafts: first, as a drafter may take the heads' linears apart.
+    """
+    if heads.prefix is not None:
+        built.runner.attach(heads.prefix)
     if isinstance(built.runner, CudaRunner):
         try:
             return CudaDrafter(heads, built.runner, lm_head), ()

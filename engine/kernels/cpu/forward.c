@@ -1,6 +1,8 @@
 /* One step of a Llama-family decoder over the rows of a candidate tree, from token ids to normalised hidden states.
  *
  * A step is one task of the thread pool: each phase is shared out by rows, heads or tiles, with a barrier after it.
+ * The prefix attention of draft heads adds three phases at the end; what it reads of middle layers it gets from the
+ * norms of the layers after them, which have it at hand.
  */
 #include "decoder.h"
 #include "simd.h"
@@ -25,20 +27,40 @@ static vf norm_scales(const Decoder *d, int chunk) {
     return vf_div(vf_set1(1.0f), vf_sqrt(vf_add(mean, vf_set1(d->config.eps))));
 }
 
-/* Norm 32 columns of all rows, into `hidden` or, where that is NULL, quantised for the layer. Items are columns, as the
- * rows of a chunk share cache lines, and two threads that write to one line wait for each other. */
-static void norm_block(const Decoder *d, const float *weight, int block, float *hidden) {
-    float scales[CHUNK], normed[BLOCK];
+/* Where in the prefix attention's input goes what leaves `layer`: 1 or more; 0 where this step does not need it. */
+static int feature_of(const Decoder *d, int layer) {
+    for (int i = 0; i < d->prefix.num_reads && d->with_prefix; i++)
+        if (d->prefix.reads[i] == layer) return 1 + i;
+    return 0;
+}
+
+static void keep_feature(const Decoder *d, int feature, int row, int block, const float *values) {
+    quantize_block(&d->prefix.input, row, feature * (d->config.hidden / BLOCK) + block, values);
+}
+
+/* Scale 32 columns of all rows to unit root mean square, keep them as a feature unless that is 0, and weigh them. The
+ * last norm has a place for hidden states, and its results take the place of x; others are quantised for the layer.
+ * Items are columns, as the rows of a chunk share cache lines, and two threads that write to one line wait for each
+ * other. */
+static void norm_block(Decoder *d, const float *weight, int block, int feature, float *hidden) {
+    float scales[CHUNK], unit[BLOCK], normed[BLOCK];
     const vf weights[2] = {vf_load(weight + block * BLOCK), vf_load(weight + block * BLOCK + LANES)};
     for (int row = 0; row < d->num_nodes; row++) {
         const size_t at = (size_t)row * (size_t)d->config.hidden + (size_t)(block * BLOCK);
         if (row % CHUNK == 0) vf_store(scales, norm_scales(d, row / CHUNK));
         for (int half = 0; half < 2; half++) {
-            const vf x = vf_load(d->x + at + half * LANES);
-            vf_store(normed + half * LANES, vf_mul(vf_mul(x, vf_set1(scales[row % CHUNK])), weights[half]));
+            const vf scaled = vf_mul(vf_load(d->x + at + half * LANES), vf_set1(scales[row % CHUNK]));
+            if (feature) vf_store(unit + half * LANES, scaled);
+            vf_store(normed + half * LANES, vf_mul(scaled, weights[half]));
         }
-        if (hidden) memcpy(hidden + at, normed, sizeof normed);
-        else quantize_block(&d->to_layer, row, block, normed);
+        if (feature) keep_feature(d, feature, row, block, unit);
+        if (!hidden) {
+            quantize_block(&d->to_layer, row, block, normed);
+            continue;
+        }
+        memcpy(hidden + at, normed, sizeof normed);
+        memcpy(d->x + at, normed, sizeof normed);
+        if (d->with_prefix) keep_feature(d, 0, row, block, normed);
     }
 }
 
@@ -79,14 +101,14 @@ static void keep_query(const Decoder *d, int head, int row, float *values) {
 }
 
 /* Compute one head's query, key or value of all rows and put it where attention finds it. */
-static void project_head(Decoder *d, int layer, int job) {
+static void project_head(Decoder *d, int layer, const Activations *input, int job) {
     const DecoderConfig *c = &d->config;
     const DecoderLayer *weights = &d->layers[layer];
     const int is_query = job < c->heads, is_key = !is_query && job < c->heads + c->kv_heads, dim = c->head_dim;
     const int head = is_query ? job : (job - c->heads) % c->kv_heads;
     const Matrix *matrix = is_query ? weights->query : is_key ? weights->key : weights->value;
     _Alignas(64) float tiles[MAX_HEAD_DIM / TILE][MAX_ROWS * TILE], values[MAX_HEAD_DIM];
-    linear_tiles(matrix, head * dim / TILE, dim / TILE, &d->to_layer, d->num_nodes, tiles[0]);
+    linear_tiles(matrix, head * dim / TILE, dim / TILE, input, d->num_nodes, tiles[0]);
     for (int row = 0; row < d->num_nodes; row++) {
         int slot;
         for (int tile = 0; tile < dim / TILE; tile++) vf_store(values + tile * TILE, vf_load(tiles[tile] + row * TILE));
@@ -130,33 +152,41 @@ static void gate_up_block(Decoder *d, const DecoderLayer *weights, int block) {
     }
 }
 
-static void lap(Decoder *d, const Walk *walk, int part) {
+/* The parts of the prefix attention, which is the layer after the last, count as one. */
+static void lap(Decoder *d, const Walk *walk, int layer, int part) {
     if (!d->times || walk->thread) return;
     const double now = seconds_now();
-    d->times[part] += now - d->started;
+    d->times[layer < d->config.layers ? part : PART_PREFIX] += now - d->started;
     d->started = now;
+}
+
+/* x += a layer's attention over its quantised input. */
+static void attend(Decoder *d, int layer, const Activations *input, Walk *walk, int num_threads) {
+    const DecoderConfig *c = &d->config;
+    const Attention attention = {&d->cache, c->heads, c->heads / c->kv_heads, d->length, d->num_nodes, d->depth,
+                                 d->is_chain ? NULL : d->ancestors, d->query, &d->to_output};
+    FOR_EACH_ITEM(walk, head, c->heads + 2 * c->kv_heads) project_head(d, layer, input, head);
+    lap(d, walk, layer, PART_QKV);
+    FOR_EACH_ITEM(walk, item, attention_items(&attention, num_threads))
+        attention_item(&attention, layer, item, num_threads, d->work[walk->thread]);
+    lap(d, walk, layer, PART_ATTENTION);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) project_back(d, d->layers[layer].output, &d->to_output, block);
+    lap(d, walk, layer, PART_OUTPUT);
 }
 
 static void run_layer(Decoder *d, int layer, Walk *walk, int num_threads) {
     const DecoderConfig *c = &d->config;
     const DecoderLayer *weights = &d->layers[layer];
-    const Attention attention = {&d->cache, c->heads, c->heads / c->kv_heads, d->length, d->num_nodes, d->depth,
-                                 d->is_chain ? NULL : d->ancestors, d->query, &d->to_output};
-    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->attention_norm, block, NULL);
-    lap(d, walk, PART_NORMS);
-    FOR_EACH_ITEM(walk, head, c->heads + 2 * c->kv_heads) project_head(d, layer, head);
-    lap(d, walk, PART_QKV);
-    FOR_EACH_ITEM(walk, item, attention_items(&attention, num_threads))
-        attention_item(&attention, layer, item, num_threads, d->work[walk->thread]);
-    lap(d, walk, PART_ATTENTION);
-    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) project_back(d, weights->output, &d->to_output, block);
-    lap(d, walk, PART_OUTPUT);
-    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->mlp_norm, block, NULL);
-    lap(d, walk, PART_NORMS);
+    const int feature = feature_of(d, layer - 1);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->attention_norm, block, feature, NULL);
+    lap(d, walk, layer, PART_NORMS);
+    attend(d, layer, &d->to_layer, walk, num_threads);
+    FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) norm_block(d, weights->mlp_norm, block, 0, NULL);
+    lap(d, walk, layer, PART_NORMS);
     FOR_EACH_ITEM(walk, block, c->intermediate / BLOCK) gate_up_block(d, weights, block);
-    lap(d, walk, PART_GATE_UP);
+    lap(d, walk, layer, PART_GATE_UP);
     FOR_EACH_ITEM(walk, block, c->hidden / BLOCK) project_back(d, weights->down, &d->to_down, block);
-    lap(d, walk, PART_DOWN);
+    lap(d, walk, layer, PART_DOWN);
 }
 
 static void step_task(void *context, int thread, int num_threads) {
@@ -165,9 +195,12 @@ static void step_task(void *context, int thread, int num_threads) {
     FOR_EACH_ITEM(&walk, row, d->num_nodes) embed(d, row);
     linear_begin(d->num_nodes);
     if (d->times && !thread) d->started = seconds_now();
-    for (int layer = 0; layer < d->config.layers; layer++) run_layer(d, layer, &walk, num_threads);
+    const int layers = d->config.layers, feature = feature_of(d, layers - 1);
+    for (int layer = 0; layer < layers; layer++) run_layer(d, layer, &walk, num_threads);
+    FOR_EACH_ITEM(&walk, block, d->config.hidden / BLOCK) norm_block(d, d->norm, block, feature, d->hidden);
+    lap(d, &walk, layers - 1, PART_NORMS);
+    if (d->with_prefix) attend(d, layers, &d->prefix.input, &walk, num_threads);
     linear_end();
-    FOR_EACH_ITEM(&walk, block, d->config.hidden / BLOCK) norm_block(d, d->norm, block, d->hidden);
 }
 
 void decoder_forward(Decoder *d) { pool_run(d->pool, step_task, d); }
