@@ -12,30 +12,27 @@ from ctypes import POINTER, Array, c_float, c_int, c_int32, c_size_t, c_void_p
 import torch
 from torch import Tensor
 
-from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights, rotary_tables
-from engine.block_weights import BLOCK, DenseWeight, Q4Affine, Q8Symmetric, Weight, quantize_q4
-from engine.errors import CheckpointMismatchError, ContextLengthError, OutOfMemoryError
+from engine.backbone import BackboneConfig, BackboneWeights, rotary_tables
+from engine.block_weights import BLOCK
+from engine.errors import ContextLengthError, OutOfMemoryError
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
 from engine.kernels.cpu_native import (
     MAX_ROWS,
-    NativeArena,
     NativeLinear,
-    NativeMatrix,
     NativeThreads,
     Signatures,
     declare,
     int32s,
     pointer,
     release_with,
-    to_q8,
 )
+from engine.native_weights import DecoderLayer, PackedPrefix, PackedWeights, PrefixLayer
 from engine.prefix_attention import PrefixAttention
 from engine.tree import MAX_TREE_NODES, CandidateTree
 
 __all__ = ["NativeRunner"]
 
 _PREFILL_ROWS = 64  # whole chunks of the kernels' 16 rows
-_MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")
 _NO_MEMORY = 1
 _PARTS = ("norms", "qkv", "attention", "output", "gate_up", "down", "prefix")  # as in cpu/api.h
 
@@ -48,20 +45,12 @@ class _Config(ctypes.Structure):
     ]
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in (*_MATRICES, "attention_norm", "mlp_norm")]
-
-
-class _PrefixLayer(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in ("query", "key", "value", "output")]
-
-
 _SIGNATURES: Signatures = {
-    "decoder_create": (c_void_p, [c_void_p, POINTER(_Config), POINTER(_Layer), *[c_void_p] * 4]),
+    "decoder_create": (c_void_p, [c_void_p, POINTER(_Config), POINTER(DecoderLayer), *[c_void_p] * 4]),
     "decoder_free": (None, [c_void_p]),
     "decoder_bytes": (c_size_t, [c_void_p]),
     "decoder_length": (c_int, [c_void_p]),
-    "decoder_attach": (c_int, [c_void_p, POINTER(_PrefixLayer), c_void_p, c_int]),
+    "decoder_attach": (c_int, [c_void_p, POINTER(PrefixLayer), c_void_p, c_int]),
     "decoder_prefixed": (c_int, [c_void_p]),
     "decoder_step": (c_int, [c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p]),
     "decoder_commit": (c_int, [c_void_p, c_void_p, c_int]),
@@ -94,8 +83,8 @@ class NativeRunner:
         self.threads = threads or NativeThreads()
         self._library = self.threads.library
         declare(self._library, _SIGNATURES)
-        self._weights = _PackedWeights(weights)
-        self._prefix: list[NativeMatrix] = []  # the matrices of the heads' prefix attention, in one arena
+        self._weights = PackedWeights(weights)
+        self._prefix: PackedPrefix | None = None
         self.lm_head = NativeLinear(self.threads, self._weights.lm_head)
         self.embedding = self._weights.embedding
         self.weights = f"{self._weights.label(source_format)} on {self.threads.path_name}, {_count(self.threads.count)}"
@@ -113,15 +102,13 @@ class NativeRunner:
 
     def attach(self, prefix: PrefixAttention) -> None:
         """See `engine.runner.Runner.attach`. Its features are scaled with the model's eps: the C norms have them so."""
-        prefix.config.check_fits(self.config)
         if self._prefix or self.num_committed:
             found = "one is attached already" if self._prefix else f"{self.num_committed} tokens are committed"
             raise ValueError(f"A prefix attention is attached once, before any text; {found}. Make a new runner.")
-        matrices = _pack_prefix(prefix, self.config)
-        layer, reads = _PrefixLayer(*(matrix.handle for matrix in matrices)), prefix.config.layers
-        if self._library.decoder_attach(self._decoder, layer, int32s(reads), len(reads)):
+        packed, reads = PackedPrefix(prefix, self.config), prefix.config.layers
+        if self._library.decoder_attach(self._decoder, packed.layer, int32s(reads), len(reads)):
             raise OutOfMemoryError("There is no memory for the heads' prefix attention; close other programs.")
-        self._prefix, self._num_nodes = matrices, 0
+        self._prefix, self._num_nodes = packed, 0
 
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Run the prompt in chunks; each is a chain, committed whole."""
@@ -145,8 +132,8 @@ class NativeRunner:
         state = torch.empty(self.config.hidden_size)
         if self._library.decoder_heads_state(self._decoder, state.data_ptr()):
             raise ValueError(
-                f"What heads read behind {self.num_committed} tokens is not kept: nothing was committed since the start "
-                "or since later tokens were cut off. Prefill or commit a token first."
+                f"What heads read behind {self.num_committed} tokens is not kept: nothing was committed since the "
+                "start, or since later tokens were cut off. Prefill or commit a token first."
             )
         return state
 
@@ -176,7 +163,7 @@ class NativeRunner:
 
     def memory_bytes(self) -> int:
         tables = sum(table.numel() * table.element_size() for table in self._tables)
-        prefix = self._prefix[0].arena.num_bytes if self._prefix else 0
+        prefix = self._prefix.num_bytes if self._prefix else 0
         return self._weights.num_bytes + prefix + tables + self._library.decoder_bytes(self._decoder)
 
     def committed_rows(self, layer: int) -> tuple[Tensor, Tensor]:
@@ -184,7 +171,7 @@ class NativeRunner:
 
         An attached prefix attention is the layer after the last; its rows from `num_prefixed` on mean nothing.
         """
-        last = self.config.num_layers - 1 + bool(self._prefix)
+        last = self.config.num_layers - (self._prefix is None)
         if not 0 <= layer <= last:
             raise IndexError(f"Layer {layer} is not in 0..{last}.")
         shape = (self.config.num_kv_heads, self.num_committed, self.config.head_dim)
@@ -250,7 +237,7 @@ class NativeRunner:
         handle = self._library.decoder_create(
             self.threads.handle,
             shape,
-            (_Layer * len(weights.layers))(*weights.layers),
+            (DecoderLayer * len(weights.layers))(*weights.layers),
             pointer(weights.norm, torch.float32, (config.hidden_size,)),
             weights.embedding.handle,
             *(pointer(table, torch.float32, half) for table in self._tables),
@@ -259,63 +246,6 @@ class NativeRunner:
             raise OutOfMemoryError("There is no memory for the decoder's buffers; close other programs.")
         release_with(self, self._library.decoder_free, handle)
         return handle
-
-
-class _PackedWeights:
-    """A model's matrices in one arena, and its norms in float32."""
-
-    def __init__(self, weights: BackboneWeights) -> None:
-        self.is_rounded = False
-        layers = [[self._block(getattr(layer, name)) for name in _MATRICES] for layer in weights.layers]
-        embedding = self._block(weights.embedding)
-        is_tied = weights.lm_head is weights.embedding
-        lm_head = embedding if is_tied else self._block(weights.lm_head)
-        every = [*(matrix for layer in layers for matrix in layer), embedding, *([] if is_tied else [lm_head])]
-        self.arena = NativeArena(every)
-        self.embedding = NativeMatrix(self.arena, embedding)
-        self.lm_head = self.embedding if is_tied else NativeMatrix(self.arena, lm_head)
-        self.norm = weights.norm.float().contiguous()
-        self._norms: list[Tensor] = []
-        self.layers = [self._layer(packed, layer) for packed, layer in zip(layers, weights.layers, strict=True)]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.arena.num_bytes + 4 * sum(norm.numel() for norm in (self.norm, *self._norms))
-
-    def label(self, source_format: str) -> str:
-        return f"{source_format} rounded to int8" if self.is_rounded else source_format
-
-    def _block(self, weight: Weight) -> Q4Affine | Q8Symmetric:
-        if not isinstance(weight, DenseWeight):
-            return weight
-        self.is_rounded = True
-        return to_q8(weight)
-
-    def _layer(self, packed: Sequence[Q4Affine | Q8Symmetric], layer: LayerWeights) -> _Layer:
-        norms = [norm.float().contiguous() for norm in (layer.attention_norm, layer.mlp_norm)]
-        self._norms += norms
-        handles = [NativeMatrix(self.arena, weight).handle for weight in packed]
-        return _Layer(*handles, *(norm.data_ptr() for norm in norms))
-
-
-def _pack_prefix(prefix: PrefixAttention, config: BackboneConfig) -> list[NativeMatrix]:
-    """Pack the query, key, value and output of a prefix attention. Raises CheckpointMismatchError."""
-    wide, narrow = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
-    joint, output = prefix.query_key_value.weight.detach(), prefix.output.weight.detach()
-    inputs = prefix.config.num_features * config.hidden_size
-    if joint.shape != (wide + 2 * narrow, inputs) or output.shape != (config.hidden_size, wide):
-        raise CheckpointMismatchError(
-            f"The heads' prefix attention is over states of {output.shape[0]}; the model's are of "
-            f"{config.hidden_size}. Load the model that they were trained on."
-        )
-    weights = [_round_prefix(rows) for rows in (*joint.split((wide, narrow, narrow)), output)]
-    arena = NativeArena(weights)
-    return [NativeMatrix(arena, weight) for weight in weights]
-
-
-def _round_prefix(values: Tensor) -> Q4Affine | Q8Symmetric:
-    """4 bits, as guesses need no exactness."""
-    return quantize_q4(values)
 
 
 def _check_shape(config: BackboneConfig) -> None:

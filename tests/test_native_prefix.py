@@ -2,8 +2,9 @@
 text."""
 
 import random
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from engine.attention import attend_prefill
-from engine.backbone import Backbone, BackboneWeights
+from engine.backbone import Backbone, BackboneWeights, rotary_tables
 from engine.block_weights import Weight, quantize_q4
-from engine.build import Built, build_drafter, pack_int4
+from engine.build import Built, build_drafter
 from engine.decode import PLAIN
 from engine.draft import HeadsDrafter
 from engine.errors import CheckpointMismatchError
@@ -91,9 +92,45 @@ def assert_same_rows(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -
     assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
 
 
+def native_features(
+    weights: BackboneWeights, threads: NativeThreads, layers: Sequence[int], tokens: Sequence[int]
+) -> Tensor:
+    """The C decoder's own states [tokens, features x hidden]: a middle layer's are those of a model that ends there."""
+    states = []
+    for last in (LAYER - 1, *layers):
+        config, part = replace(CONFIG, num_layers=last + 1), replace(weights, layers=weights.layers[: last + 1])
+        states.append(decode(NativeRunner(config, part, source_format="Q4_1", threads=threads), tokens))
+    hidden, *left = states
+    return torch.cat([hidden, *(normed / weights.norm for normed in left)], dim=-1)
+
+
 @torch.inference_mode()
-def float_states(weights: BackboneWeights, prefix: PrefixAttention, tokens: Sequence[int]) -> tuple[Tensor, Tensor]:
-    """Hidden states of the dequantised model in float32, and what its heads read."""
+def module_states(prefix: PrefixAttention, features: Tensor) -> Tensor:
+    """What the module makes of features [tokens, features x hidden], in float32."""
+    cache = KVCache(replace(CONFIG, num_layers=1), "cpu", torch.float32)
+    cache.reserve(len(features))
+    cos, sin = (table[: len(features)].unsqueeze(-2) for table in rotary_tables(CONFIG, torch.float32))
+    return prefix(features, cos, sin, attend_prefill(cache))
+
+
+@pytest.mark.parametrize("layers", [(0, 2), (1,), (), (0, 1, 2)])
+def test_heads_read_what_the_module_makes(
+    bare: NativeRunner, weights: BackboneWeights, threads: NativeThreads, layers: tuple[int, ...]
+) -> None:
+    torch.manual_seed(3)
+    prefix, tokens = random_prefix(replace(SHAPE, layers=layers)), random_tokens(random.Random(9), 100)
+    bare.attach(prefix)
+    features = native_features(weights, threads, layers, tokens)
+    hidden = features[:, : CONFIG.hidden_size]
+    expected, states = module_states(prefix, features) - hidden, decode(bare, tokens) - hidden
+    assert expected.norm() > hidden.norm()
+    assert F.cosine_similarity(states, expected, dim=-1).min() > 0.998
+    assert ((states - expected).norm(dim=-1) / expected.norm(dim=-1)).max() < 0.06
+
+
+@torch.inference_mode()
+def float_features(weights: BackboneWeights, layers: Sequence[int], tokens: Sequence[int]) -> Tensor:
+    """States of the dequantised model in float32, [tokens, features x hidden]."""
 
     def linear(weight: Weight) -> DenseLinear:
         return DenseLinear(weight, torch.float32)
@@ -102,31 +139,20 @@ def float_states(weights: BackboneWeights, prefix: PrefixAttention, tokens: Sequ
     backbone = Backbone(
         CONFIG, weights, embed=embed, linear=linear, lm_head=linear(weights.lm_head), dtype=torch.float32
     )
-    cache = KVCache(replace(CONFIG, num_layers=LAYER + 1), "cpu", torch.float32)
+    cache = KVCache(CONFIG, "cpu", torch.float32)
     cache.reserve(len(tokens))
-    positions, attend = torch.arange(len(tokens)), attend_prefill(cache)
-    hidden, *left = backbone.states(torch.tensor(tokens), positions, attend, prefix.config.layers)
-    features = torch.cat([hidden, *(feature(x) for x in left)], dim=-1)
-    return hidden, prefix(features, *backbone.angles(positions), attend, layer=LAYER)
+    positions = torch.arange(len(tokens))
+    hidden, *left = backbone.states(torch.tensor(tokens), positions, attend_prefill(cache), layers)
+    return torch.cat([hidden, *(feature(x) for x in left)], dim=-1)
 
 
-@pytest.mark.parametrize("layers", [(0, 2), (1,), (), (0, 1, 2)])
-def test_heads_read_what_the_module_makes(bare: NativeRunner, weights: BackboneWeights, layers: tuple[int, ...]) -> None:
-    torch.manual_seed(3)
-    prefix = random_prefix(replace(SHAPE, layers=layers))
-    bare.attach(prefix)
+def test_heads_read_about_what_the_float_model_gives(
+    runner: NativeRunner, weights: BackboneWeights, prefix: PrefixAttention
+) -> None:
     tokens = random_tokens(random.Random(9), 100)
-    hidden, expected = float_states(weights, prefix, tokens)
-    states = decode(bare, tokens)
-    cosine = F.cosine_similarity(states, expected, dim=-1)
-    assert cosine.min() > 0.97 and cosine.mean() > 0.99
-    added = F.cosine_similarity(states - decode_bare(bare, tokens), expected - hidden, dim=-1)
-    assert added.median() > 0.98 and added.mean() > 0.95
-
-
-def decode_bare(runner: NativeRunner, tokens: Sequence[int]) -> Tensor:
-    runner.truncate(0)
-    return decode(runner, tokens, for_heads=False)
+    expected = module_states(prefix, float_features(weights, SHAPE.layers, tokens))
+    cosine = F.cosine_similarity(decode(runner, tokens), expected, dim=-1)
+    assert cosine.min() > 0.9 and cosine.mean() > 0.98  # the states read are apart by 0.99 and 0.998 themselves
 
 
 @pytest.mark.parametrize("seed", range(8))
@@ -180,9 +206,7 @@ def test_a_text_of_committed_paths_goes_on_as_if_it_had_been_a_prompt(runner: Na
     assert_same_rows(runner.committed_rows(LAYER), rows)
 
 
-def test_threads_do_not_change_a_bit(
-    weights: BackboneWeights, runner: NativeRunner, prefix: PrefixAttention
-) -> None:
+def test_threads_do_not_change_a_bit(weights: BackboneWeights, runner: NativeRunner, prefix: PrefixAttention) -> None:
     alone = NativeRunner(CONFIG, weights, source_format="Q4_1", threads=NativeThreads(1))
     alone.attach(prefix)
     tokens = random_tokens(random.Random(4), 90)
@@ -296,19 +320,20 @@ def test_its_time_is_a_part_of_its_own(runner: NativeRunner) -> None:
     assert parts["prefix"] == 0 and parts["qkv"] > 0
 
 
-@pytest.mark.parametrize(("width", "drafter"), [(160, NativeDrafter), (None, HeadsDrafter)])
+@pytest.mark.parametrize(("width", "kind"), [(160, NativeDrafter), (None, HeadsDrafter)])
 def test_heads_bring_it_to_the_runner(
     bare: NativeRunner,
+    runner: NativeRunner,
     weights: BackboneWeights,
     prefix: PrefixAttention,
     width: int | None,
-    drafter: Callable[..., object],
+    kind: type,
 ) -> None:
     heads = MedusaHeads(HeadsConfig(CONFIG.hidden_size, CONFIG.vocab_size, 2, 1, width, prefix=SHAPE))
     heads.load_state_dict(prefix.state_dict(prefix="prefix."), strict=False)
-    built, _ = build_drafter(heads, Built(bare, pack_int4), weights.lm_head)
-    assert isinstance(built, drafter)  # type: ignore[arg-type]
-    tokens = random_tokens(random.Random(2), 12)
-    bare.prefill(tokens)
-    _, expected = float_states(weights, prefix, tokens)
-    assert F.cosine_similarity(bare.heads_state(), expected[-1], dim=-1) > 0.97
+    built = Built(bare, partial(DenseLinear, dtype=torch.float32))
+    drafter, _ = build_drafter(heads, built, weights.lm_head)
+    assert isinstance(drafter, kind)
+    for each in (bare, runner):
+        each.prefill([3, 1, 4, 1, 5])
+    assert torch.equal(bare.heads_state(), runner.heads_state())
