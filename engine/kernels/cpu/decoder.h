@@ -24,7 +24,7 @@ struct Decoder {
     Pool *pool;
     Cache cache;
     int length;               /* committed positions */
-    int prefixed;             /* leading ones whose keys and values the prefix attention has */
+    int prefixed;             /* leading ones whose keys and values an attached prefix attention has */
     int num_nodes, is_chain;  /* of the last step; 0 nodes when there is nothing to commit */
     int with_prefix;          /* whether it runs the prefix attention */
     int32_t tokens[MAX_ROWS], parents[MAX_ROWS];
