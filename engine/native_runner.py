@@ -12,31 +12,29 @@ from ctypes import POINTER, Array, c_float, c_int, c_int32, c_size_t, c_void_p
 import torch
 from torch import Tensor
 
-from engine.backbone import BackboneConfig, BackboneWeights, LayerWeights, rotary_tables
-from engine.block_weights import BLOCK, DenseWeight, Q4Affine, Q8Symmetric, Weight
+from engine.backbone import BackboneConfig, BackboneWeights, rotary_tables
+from engine.block_weights import BLOCK
 from engine.errors import ContextLengthError, OutOfMemoryError
 from engine.kernels.cpu_build import CpuKernelsUnavailableError
 from engine.kernels.cpu_native import (
     MAX_ROWS,
-    NativeArena,
     NativeLinear,
-    NativeMatrix,
     NativeThreads,
     Signatures,
     declare,
     int32s,
     pointer,
     release_with,
-    to_q8,
 )
+from engine.native_weights import DecoderLayer, PackedPrefix, PackedWeights, PrefixLayer
+from engine.prefix_attention import PrefixAttention
 from engine.tree import MAX_TREE_NODES, CandidateTree
 
 __all__ = ["NativeRunner"]
 
 _PREFILL_ROWS = 64  # whole chunks of the kernels' 16 rows
-_MATRICES = ("query", "key", "value", "attention_output", "gate", "up", "down")
 _NO_MEMORY = 1
-_PARTS = ("norms", "qkv", "attention", "output", "gate_up", "down")  # as in cpu/api.h
+_PARTS = ("norms", "qkv", "attention", "output", "gate_up", "down", "prefix")  # as in cpu/api.h
 
 
 class _Config(ctypes.Structure):
@@ -47,17 +45,16 @@ class _Config(ctypes.Structure):
     ]
 
 
-class _Layer(ctypes.Structure):
-    _fields_ = [(name, c_void_p) for name in (*_MATRICES, "attention_norm", "mlp_norm")]
-
-
 _SIGNATURES: Signatures = {
-    "decoder_create": (c_void_p, [c_void_p, POINTER(_Config), POINTER(_Layer), *[c_void_p] * 4]),
+    "decoder_create": (c_void_p, [c_void_p, POINTER(_Config), POINTER(DecoderLayer), *[c_void_p] * 4]),
     "decoder_free": (None, [c_void_p]),
     "decoder_bytes": (c_size_t, [c_void_p]),
     "decoder_length": (c_int, [c_void_p]),
-    "decoder_step": (c_int, [c_void_p, c_void_p, c_void_p, c_int, c_void_p]),
+    "decoder_attach": (c_int, [c_void_p, POINTER(PrefixLayer), c_void_p, c_int]),
+    "decoder_prefixed": (c_int, [c_void_p]),
+    "decoder_step": (c_int, [c_void_p, c_void_p, c_void_p, c_int, c_int, c_void_p]),
     "decoder_commit": (c_int, [c_void_p, c_void_p, c_int]),
+    "decoder_heads_state": (c_int, [c_void_p, c_void_p]),
     "decoder_truncate": (c_int, [c_void_p, c_int]),
     "decoder_measure": (None, [c_void_p, c_void_p]),
     "decoder_rows": (None, [c_void_p, c_int, c_void_p, c_void_p]),
@@ -86,7 +83,8 @@ class NativeRunner:
         self.threads = threads or NativeThreads()
         self._library = self.threads.library
         declare(self._library, _SIGNATURES)
-        self._weights = _PackedWeights(weights)
+        self._weights = PackedWeights(weights)
+        self._prefix: PackedPrefix | None = None
         self.lm_head = NativeLinear(self.threads, self._weights.lm_head)
         self.embedding = self._weights.embedding
         self.weights = f"{self._weights.label(source_format)} on {self.threads.path_name}, {_count(self.threads.count)}"
@@ -98,6 +96,20 @@ class NativeRunner:
     def num_committed(self) -> int:
         return self._library.decoder_length(self._decoder)
 
+    @property
+    def num_prefixed(self) -> int:
+        return self._library.decoder_prefixed(self._decoder)
+
+    def attach(self, prefix: PrefixAttention) -> None:
+        """See `engine.runner.Runner.attach`. Its features are scaled with the model's eps: the C norms have them so."""
+        if self._prefix or self.num_committed:
+            found = "one is attached already" if self._prefix else f"{self.num_committed} tokens are committed"
+            raise ValueError(f"A prefix attention is attached once, before any text; {found}. Make a new runner.")
+        packed, reads = PackedPrefix(prefix, self.config), prefix.config.layers
+        if self._library.decoder_attach(self._decoder, packed.layer, int32s(reads), len(reads)):
+            raise OutOfMemoryError("There is no memory for the heads' prefix attention; close other programs.")
+        self._prefix, self._num_nodes = packed, 0
+
     def prefill(self, tokens: Sequence[int]) -> Tensor:
         """Run the prompt in chunks; each is a chain, committed whole."""
         if not tokens:
@@ -106,14 +118,24 @@ class NativeRunner:
         hidden = torch.empty(0)
         for start in range(0, len(tokens), _PREFILL_ROWS):
             piece = tokens[start : start + _PREFILL_ROWS]
-            hidden = self._step(piece, None, depth=len(piece) - 1)
+            hidden = self._step(piece, None, depth=len(piece) - 1, for_heads=True)
             self.commit(range(len(piece)))
         return hidden[-1].clone()
 
-    def verify(self, tokens: Sequence[int], tree: CandidateTree) -> Tensor:
+    def verify(self, tokens: Sequence[int], tree: CandidateTree, *, for_heads: bool = True) -> Tensor:
+        """See `engine.runner.Runner.verify`. Behind rows that the prefix attention has not seen it never runs."""
         if len(tokens) != tree.num_nodes:
             raise ValueError(f"{len(tokens)} tokens for a tree of {tree.num_nodes} nodes; pass one for each node.")
-        return self._step(tokens, int32s(tree.parents), tree.max_depth)
+        return self._step(tokens, int32s(tree.parents), tree.max_depth, for_heads)
+
+    def heads_state(self) -> Tensor:
+        state = torch.empty(self.config.hidden_size)
+        if self._library.decoder_heads_state(self._decoder, state.data_ptr()):
+            raise ValueError(
+                f"What heads read behind {self.num_committed} tokens is not kept: nothing was committed since the "
+                "start, or since later tokens were cut off. Prefill or commit a token first."
+            )
+        return state
 
     def logits(self, hidden: Tensor) -> Tensor:
         return self.lm_head(hidden)
@@ -141,12 +163,17 @@ class NativeRunner:
 
     def memory_bytes(self) -> int:
         tables = sum(table.numel() * table.element_size() for table in self._tables)
-        return self._weights.num_bytes + tables + self._library.decoder_bytes(self._decoder)
+        prefix = self._prefix.num_bytes if self._prefix else 0
+        return self._weights.num_bytes + prefix + tables + self._library.decoder_bytes(self._decoder)
 
     def committed_rows(self, layer: int) -> tuple[Tensor, Tensor]:
-        """Return one layer's committed keys and values, float32 [kv_heads, length, head_dim] each."""
-        if not 0 <= layer < self.config.num_layers:
-            raise IndexError(f"Layer {layer} is not in 0..{self.config.num_layers - 1}.")
+        """Return one layer's committed keys and values, float32 [kv_heads, length, head_dim] each.
+
+        An attached prefix attention is the layer after the last; its rows from `num_prefixed` on mean nothing.
+        """
+        last = self.config.num_layers - (self._prefix is None)
+        if not 0 <= layer <= last:
+            raise IndexError(f"Layer {layer} is not in 0..{last}.")
         shape = (self.config.num_kv_heads, self.num_committed, self.config.head_dim)
         keys, values = torch.empty(shape), torch.empty(shape)
         self._library.decoder_rows(self._decoder, layer, keys.data_ptr(), values.data_ptr())
@@ -154,7 +181,10 @@ class NativeRunner:
 
     @contextmanager
     def measure(self) -> Iterator[dict[str, float]]:
-        """Fill the yielded dict, when the block ends, with the seconds that its steps spent in each part."""
+        """Fill the yielded dict, when the block ends, with the seconds that its steps spent in each part.
+
+        Parts are norms, qkv, attention, output, gate_up and down, and prefix where a prefix attention is attached.
+        """
         times = torch.zeros(len(_PARTS), dtype=torch.float64)
         seconds: dict[str, float] = {}
         self._library.decoder_measure(self._decoder, times.data_ptr())
@@ -163,8 +193,10 @@ class NativeRunner:
         finally:
             self._library.decoder_measure(self._decoder, None)
             seconds.update(zip(_PARTS, times.tolist(), strict=True))
+            if not self._prefix:
+                del seconds["prefix"]
 
-    def _step(self, tokens: Sequence[int], parents: Array[c_int32] | None, depth: int) -> Tensor:
+    def _step(self, tokens: Sequence[int], parents: Array[c_int32] | None, depth: int, for_heads: bool) -> Tensor:
         config, rows = self.config, len(tokens)
         if not 1 <= rows <= MAX_ROWS:
             raise ValueError(f"A step of {rows} rows; 1 to {MAX_ROWS} are possible.")
@@ -174,7 +206,9 @@ class NativeRunner:
             raise ValueError(f"Token {low if low < 0 else high} is not in 0..{config.vocab_size - 1}.")
         hidden = torch.empty(rows, config.hidden_size)
         with self.threads.lock:
-            status = self._library.decoder_step(self._decoder, int32s(tokens), parents, rows, hidden.data_ptr())
+            status = self._library.decoder_step(
+                self._decoder, int32s(tokens), parents, rows, for_heads, hidden.data_ptr()
+            )
         if status == _NO_MEMORY:
             raise OutOfMemoryError("The cache cannot grow; close other programs or start a shorter chat.")
         assert status == 0, "every way to a bad call is checked above"
@@ -203,7 +237,7 @@ class NativeRunner:
         handle = self._library.decoder_create(
             self.threads.handle,
             shape,
-            (_Layer * len(weights.layers))(*weights.layers),
+            (DecoderLayer * len(weights.layers))(*weights.layers),
             pointer(weights.norm, torch.float32, (config.hidden_size,)),
             weights.embedding.handle,
             *(pointer(table, torch.float32, half) for table in self._tables),
@@ -212,43 +246,6 @@ class NativeRunner:
             raise OutOfMemoryError("There is no memory for the decoder's buffers; close other programs.")
         release_with(self, self._library.decoder_free, handle)
         return handle
-
-
-class _PackedWeights:
-    """A model's matrices in one arena, and its norms in float32."""
-
-    def __init__(self, weights: BackboneWeights) -> None:
-        self.is_rounded = False
-        layers = [[self._block(getattr(layer, name)) for name in _MATRICES] for layer in weights.layers]
-        embedding = self._block(weights.embedding)
-        is_tied = weights.lm_head is weights.embedding
-        lm_head = embedding if is_tied else self._block(weights.lm_head)
-        every = [*(matrix for layer in layers for matrix in layer), embedding, *([] if is_tied else [lm_head])]
-        self.arena = NativeArena(every)
-        self.embedding = NativeMatrix(self.arena, embedding)
-        self.lm_head = self.embedding if is_tied else NativeMatrix(self.arena, lm_head)
-        self.norm = weights.norm.float().contiguous()
-        self._norms: list[Tensor] = []
-        self.layers = [self._layer(packed, layer) for packed, layer in zip(layers, weights.layers, strict=True)]
-
-    @property
-    def num_bytes(self) -> int:
-        return self.arena.num_bytes + 4 * sum(norm.numel() for norm in (self.norm, *self._norms))
-
-    def label(self, source_format: str) -> str:
-        return f"{source_format} rounded to int8" if self.is_rounded else source_format
-
-    def _block(self, weight: Weight) -> Q4Affine | Q8Symmetric:
-        if not isinstance(weight, DenseWeight):
-            return weight
-        self.is_rounded = True
-        return to_q8(weight)
-
-    def _layer(self, packed: Sequence[Q4Affine | Q8Symmetric], layer: LayerWeights) -> _Layer:
-        norms = [norm.float().contiguous() for norm in (layer.attention_norm, layer.mlp_norm)]
-        self._norms += norms
-        handles = [NativeMatrix(self.arena, weight).handle for weight in packed]
-        return _Layer(*handles, *(norm.data_ptr() for norm in norms))
 
 
 def _check_shape(config: BackboneConfig) -> None:

@@ -1,4 +1,5 @@
 /* Runs a small random decoder through prompts, trees and commits and prints a digest of every bit it produced.
+ * Then the same with the prefix attention of draft heads attached, which some steps leave out.
  *
  * Built with sanitizers it looks for stray reads and writes; built for several instruction sets it shows whether they
  * agree. Argument: number of threads.
@@ -35,11 +36,13 @@ static Matrix *matrix(Arena *arena, int kind, int n, int k) {
     return made;
 }
 
+static int for_heads;
+
 static void step(Decoder *decoder, const int32_t *parents, int rows) {
     int32_t tokens[MAX_ROWS];
     float *hidden = malloc(sizeof(float) * (size_t)(rows * HIDDEN));
     for (int i = 0; i < rows; i++) tokens[i] = (int32_t)next(VOCAB);
-    if (decoder_step(decoder, tokens, parents, rows, hidden)) exit(2);
+    if (decoder_step(decoder, tokens, parents, rows, for_heads, hidden)) exit(2);
     add(hidden, sizeof(float) * (size_t)(rows * HIDDEN));
     free(hidden);
 }
@@ -50,6 +53,32 @@ static void run_tree(Decoder *decoder, int rows) {
     step(decoder, parents, rows);
     for (node = (int32_t)next((uint32_t)rows); node >= 0; node = parents[node]) count++, path[MAX_ROWS - count] = node;
     if (decoder_commit(decoder, path + MAX_ROWS - count, count)) exit(3);
+}
+
+static void run_text(Decoder *decoder) {
+    int32_t chain[MAX_ROWS];
+    float state[HIDDEN];
+    for (int i = 0; i < MAX_ROWS; i++) chain[i] = i;
+    for (int rows = 1; rows < 30; rows += 7) {
+        step(decoder, NULL, rows);
+        if (decoder_commit(decoder, chain, rows)) exit(5);
+        run_tree(decoder, rows + 3);
+    }
+    run_tree(decoder, 65);
+    decoder_truncate(decoder, 37);
+    while (decoder_length(decoder) + 40 < POSITIONS) run_tree(decoder, 1 + (int)next(40));
+    if (decoder_heads_state(decoder, state)) exit(7);
+    add(state, sizeof state);
+}
+
+static void attach(Decoder *decoder, Arena *arena) {
+    const int32_t reads[] = {0, LAYERS - 1};
+    const int inputs = 3 * HIDDEN;
+    const PrefixLayer layer = {matrix(arena, 4, HEADS * HEAD_DIM, inputs), matrix(arena, 8, KV_HEADS * HEAD_DIM, inputs),
+                               matrix(arena, 4, KV_HEADS * HEAD_DIM, inputs), matrix(arena, 4, HIDDEN, HEADS * HEAD_DIM)};
+    decoder_truncate(decoder, 0);
+    if (decoder_attach(decoder, &layer, reads, 2)) exit(8);
+    if (decoder_attach(decoder, &layer, reads, 2) != STATUS_BAD_CALL) exit(9);
 }
 
 static void search(Pool *pool, const Matrix *matrix) {
@@ -112,16 +141,13 @@ int main(int argc, char **argv) {
             matrix(arena, 4, INNER, HIDDEN), matrix(arena, 4, INNER, HIDDEN), matrix(arena, 8, HIDDEN, INNER), norm, norm};
     const Matrix *embedding = matrix(arena, 8, VOCAB, HIDDEN);
     Decoder *decoder = decoder_create(pool, &config, layers, norm, embedding, tables[0], tables[1]);
-    int32_t chain[MAX_ROWS];
-    for (int i = 0; i < MAX_ROWS; i++) chain[i] = i;
-    for (int rows = 1; rows < 30; rows += 7) {
-        step(decoder, NULL, rows);
-        if (decoder_commit(decoder, chain, rows)) exit(5);
-        run_tree(decoder, rows + 3);
+    run_text(decoder);
+    attach(decoder, arena);
+    for (for_heads = 1; for_heads >= 0; for_heads--) {
+        run_text(decoder);
+        if (decoder_prefixed(decoder) != (for_heads ? decoder_length(decoder) : 0)) exit(10);
+        if (for_heads) decoder_truncate(decoder, 0);
     }
-    run_tree(decoder, 65);
-    decoder_truncate(decoder, 37);
-    while (decoder_length(decoder) + 40 < POSITIONS) run_tree(decoder, 1 + (int)next(40));
     search(pool, embedding);
     draft(pool, arena, embedding);
     printf("%s: length %d, digest %016llx\n", path_name(), decoder_length(decoder), (unsigned long long)digest);

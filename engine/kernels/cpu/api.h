@@ -19,6 +19,11 @@ typedef struct {
     const float *attention_norm, *mlp_norm;
 } DecoderLayer;
 
+/* The attention of draft heads; its query, key and value take (1 + middle layers read) * hidden inputs. */
+typedef struct {
+    const Matrix *query, *key, *value, *output;
+} PrefixLayer;
+
 enum { STATUS_OK = 0, STATUS_NO_MEMORY = 1, STATUS_BAD_CALL = 2 };
 
 EXPORT const char *path_name(void);
@@ -52,18 +57,30 @@ EXPORT void decoder_free(Decoder *decoder);
 EXPORT size_t decoder_bytes(const Decoder *decoder);
 EXPORT int decoder_length(const Decoder *decoder);
 
-/* Run `rows` nodes after the committed text; `parents` is NULL for a chain. hidden [rows][hidden], after the norm. */
-EXPORT int decoder_step(Decoder *decoder, const int32_t *tokens, const int32_t *parents, int rows, float *hidden);
+/* Add the heads' prefix attention (see engine/prefix_attention.py), once and before any text, as the layer after the
+ * last. It reads the last hidden state and what leaves the layers `reads`, rising, each scaled to unit root mean square
+ * with the model's eps. The matrices must outlive the decoder. */
+EXPORT int decoder_attach(Decoder *decoder, const PrefixLayer *layer, const int32_t *reads, int num_reads);
+EXPORT int decoder_prefixed(const Decoder *decoder); /* leading positions that it has seen; all where there is none */
+
+/* Run `rows` nodes after the committed text; `parents` is NULL for a chain. hidden [rows][hidden], after the norm. The
+ * prefix attention runs `for_heads`, where it has seen all that went before: else what it gave would mean nothing. */
+EXPORT int decoder_step(Decoder *decoder, const int32_t *tokens, const int32_t *parents, int rows, int for_heads,
+                        float *hidden);
 
 /* Append a path of nodes, root first, of the last step. */
 EXPORT int decoder_commit(Decoder *decoder, const int32_t *path, int count);
 EXPORT int decoder_truncate(Decoder *decoder, int length);
 
+/* What heads read behind the last committed position, [hidden]: what the prefix attention made of it, or where that did
+ * not run the hidden state itself. A bad call where nothing was committed since the start or since a position was cut. */
+EXPORT int decoder_heads_state(const Decoder *decoder, float *state);
+
 /* Where the time of the steps goes: add each part's seconds, as thread 0 sees them, to times [NUM_PARTS]; NULL stops. */
-enum { PART_NORMS, PART_QKV, PART_ATTENTION, PART_OUTPUT, PART_GATE_UP, PART_DOWN, NUM_PARTS };
+enum { PART_NORMS, PART_QKV, PART_ATTENTION, PART_OUTPUT, PART_GATE_UP, PART_DOWN, PART_PREFIX, NUM_PARTS };
 EXPORT void decoder_measure(Decoder *decoder, double *times);
 
-/* Copy committed keys and values of one layer: [kv_heads][length][head_dim] each. */
+/* Copy committed keys and values of one layer, the prefix attention's being the one after the last: [kv_heads][length][head_dim] each. */
 EXPORT void decoder_rows(const Decoder *decoder, int layer, float *keys, float *values);
 
 /* Draft heads whose first block may see the tokens before its guess (see engine/heads.py). `matrices` holds for each
