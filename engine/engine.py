@@ -272,14 +272,12 @@ def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> _Heads:
     config, lm_head = source.config, source.weights.lm_head
     try:
         loaded = read_heads(path, Target(config.hidden_size, config.vocab_size, source.name, lm_head.dequantize))
-        if loaded.heads.config.prefix is not None:
-            loaded.heads.config.prefix.check_fits(config)
         trees = NestedTree.beside(path).limited(loaded.heads.config.num_heads)
+        drafter, notes = build_drafter(loaded.heads, built, lm_head)
     except EngineError as error:
         if heads != "auto":
             raise
         return _Heads(None, NestedTree.default(), str(error))
-    drafter, notes = build_drafter(loaded.heads, built, lm_head)
     return _Heads(drafter, trees, notes=(*loaded.notes, *notes), identity=_identity(path))
 
 

@@ -99,23 +99,23 @@ def test_one_for_another_model_is_refused(change: dict, message: str) -> None:
         replace(PREFIX, **change).check_fits(CONFIG)
 
 
-def looking_back(documents: int = 60, seed: int = 1) -> TextSet:
+def looking_back(documents: int = 600, seed: int = 1) -> TextSet:
     """Documents that say the same few tokens, of their own, again and again: what follows is known from before."""
     generator = torch.Generator().manual_seed(seed)
     tokens, labels = [], []
     for _ in range(documents):
-        phrase = torch.randperm(100, generator=generator)[:6]
+        phrase = torch.randperm(20, generator=generator)[:6]
         tokens.append(phrase.repeat(6))
         labels.append(torch.tensor([0] * 8 + [1] * 28, dtype=torch.uint8))
     lengths = torch.full((documents,), 36)
     return TextSet(torch.cat(tokens).int(), torch.cat(labels), lengths, torch.ones(documents, dtype=torch.bool))
 
 
-def trained(prefix: PrefixConfig | None, checkpoint: Path | None = None, epochs: float = 40) -> HeadTrainer:
+def trained(prefix: PrefixConfig | None, checkpoint: Path | None = None, epochs: float = 10) -> HeadTrainer:
     model = small_model()
     vocabulary = Vocabulary(model, torch.arange(0, 150))
     heads = build_heads(replace(small_heads(vocabulary), prefix=prefix), vocabulary)
-    plan = TrainingPlan(epochs=epochs, batch_tokens=360, window=36, learning_rate=4e-3, warmup_steps=10)
+    plan = TrainingPlan(epochs=epochs, batch_tokens=720, window=36, learning_rate=8e-3, warmup_steps=10)
     layers = () if prefix is None else prefix.layers
     lanes = build_lanes(model, looking_back(), plan.window, layers=layers)
     trainer = HeadTrainer(heads, vocabulary, lanes, plan, checkpoint)

@@ -150,7 +150,7 @@ class JointTrainer(TrainingLoop):
 
     def _run(self, batch: PaddedBatch) -> tuple[Tensor, Tensor | None]:
         """Return hidden states and middle layers' features, [documents, longest, ...] each."""
-        positions = torch.arange(batch.tokens.shape[1], device=self.device).expand_as(batch.tokens)
+        positions = torch.arange(batch.tokens.shape[1], device=batch.tokens.device).expand_as(batch.tokens)
         layers = () if self.heads.prefix is None else self.heads.prefix.config.layers
         hidden, *left = self.model.backbone.states(batch.tokens, positions, attend_causal, layers)
         return hidden, middle_features(left)
