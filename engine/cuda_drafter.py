@@ -37,7 +37,7 @@ class CudaDrafter:
         require((config.width or 64) % 64 == 0, "a multiple of 64 as the heads' width", config.width)
         require(config.output_size % 16 == 0, "a multiple of 16 draft tokens", config.output_size)
         require(config.output_size <= MAX_VOCAB, f"at most {MAX_VOCAB} draft tokens", config.output_size)
-        self.max_depth = config.num_heads
+        self.max_depth, self.num_scored = config.num_heads, config.output_size
         self.sees_path = config.sees == "path"
         self._runner = runner
         memory, device = runner.memory, runner.device

@@ -31,6 +31,7 @@ class Drafter(Protocol):
     """Whatever proposes tokens for a tree."""
 
     max_depth: int
+    num_scored: int  # tokens among which it guesses
 
     def draft(self, hidden: Tensor, root: int, tree: CandidateTree) -> Draft:
         """Guess from the hidden state [hidden] behind `root`, the token that the backbone chose there."""
@@ -46,7 +47,7 @@ class HeadsDrafter:
 
     def __init__(self, heads: MedusaHeads, embed: Callable[[Tensor], Tensor], shared_output: nn.Module | None) -> None:
         self.heads = heads
-        self.max_depth = heads.config.num_heads
+        self.max_depth, self.num_scored = heads.config.num_heads, heads.config.output_size
         self._embed = embed
         self._shared_output = shared_output
 

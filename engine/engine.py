@@ -272,8 +272,8 @@ def _load_heads(heads: str | None, source: LoadedModel, built: Built) -> _Heads:
     config, lm_head = source.config, source.weights.lm_head
     try:
         loaded = read_heads(path, Target(config.hidden_size, config.vocab_size, source.name, lm_head.dequantize))
-        trees = NestedTree.beside(path).limited(loaded.heads.config.num_heads)
         drafter, notes = build_drafter(loaded.heads, built, lm_head)
+        trees = NestedTree.beside(path, drafter.num_scored).limited(loaded.heads.config.num_heads)
     except EngineError as error:
         if heads != "auto":
             raise

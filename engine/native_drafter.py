@@ -29,13 +29,13 @@ from engine.kernels.cpu_native import (
 from engine.native_runner import NativeRunner
 from engine.tree import CandidateTree
 
-__all__ = ["NativeDrafter"]
+__all__ = ["FREQUENT_TOKENS", "NativeDrafter"]
 
 _NO_MEMORY = 1
 _Shape = tuple[Array[c_int32], Array[c_int32]]  # parents and ranks of a tree's nodes
 # Bundled heads, 2 cores, 2 and 4 nodes: of 16,384 tokens 1.85 and 2.02 tokens a step, of 6,144 1.80 and 1.98, and a
 # depth's scores cost 4 MB read instead of 10: 9 and 13 % more tokens a second.
-_FREQUENT_TOKENS = 6144
+FREQUENT_TOKENS = 6144
 
 
 class _Config(ctypes.Structure):
@@ -69,6 +69,7 @@ class NativeDrafter:
         declare(self._library, _SIGNATURES)
         self._matrices, self._arena = _pack(heads, shared_output)
         self._embedding = runner.embedding
+        self.num_scored = config.output_size if heads.token_map is None else len(_drafted_tokens(heads))
         self._token_map = None if heads.token_map is None else _drafted_tokens(heads).to(torch.int32).contiguous()
         self._drafter = self._create(heads)
         self._trees: dict[CandidateTree, _Shape] = {}
@@ -148,7 +149,7 @@ def _pack(heads: MedusaHeads, shared_output: Weight) -> tuple[list[NativeMatrix]
 def _drafted_tokens(heads: MedusaHeads) -> Tensor:
     """Tokens of the draft vocabulary that are scored here."""
     assert heads.token_map is not None
-    return heads.token_map[:_FREQUENT_TOKENS] if heads.config.frequent_first else heads.token_map
+    return heads.token_map[:FREQUENT_TOKENS] if heads.config.frequent_first else heads.token_map
 
 
 def _block(block: WideBlock) -> list[Q4Affine]:

@@ -49,8 +49,11 @@ class NestedTree:
         return cls(order_by_likelihood(_TYPICAL))
 
     @classmethod
-    def beside(cls, heads: Path) -> "NestedTree":
-        """Read the calibration of a heads file; without one, the default order."""
+    def beside(cls, heads: Path, num_scored: int = 0) -> "NestedTree":
+        """Read the calibration of a heads file; without one, the default order.
+
+        `num_scored` are the draft tokens among which heads guess here, 0 for all: what that brings may be known too.
+        """
         path = tree_file(heads)
         if not path.is_file():
             return cls.default()
@@ -59,7 +62,8 @@ class NestedTree:
             order = tuple(tuple(int(rank) for rank in choice) for choice in content["order"])
             if not content.get("expected_by_depth"):  # only what trees bring that are always the same
                 return cls(order, _of_fixed_trees(order, [float(x) for x in content["expected_tokens_per_step"]]))
-            expected = content["expected_by_depth"]
+            is_cut = num_scored > 0 and num_scored == content.get("frequent_tokens")
+            expected = content["expected_by_depth_of_frequent" if is_cut else "expected_by_depth"]
             return cls(order, tuple(tuple(float(value) for value in row) for row in expected))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise CheckpointMismatchError(

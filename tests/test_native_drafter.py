@@ -63,7 +63,7 @@ def lm_head(runner: NativeRunner) -> DenseWeight:
 def test_drafts_from_the_most_used_tokens_alone(
     runner: NativeRunner, monkeypatch: pytest.MonkeyPatch, output: str
 ) -> None:
-    monkeypatch.setattr(native_drafter, "_FREQUENT_TOKENS", 20)
+    monkeypatch.setattr(native_drafter, "FREQUENT_TOKENS", 20)
     torch.manual_seed(6)
     heads = heads_of("root", output, 70)
     assert heads.token_map is not None

@@ -166,6 +166,7 @@ class Bench:
     def parts(self, report: Report) -> dict[str, Any]:
         """Milliseconds of drafting alone and of the backbone alone, captured."""
         found = {}
+        has_prefix = self.runner.has_prefix
         for drafted in (4, 15, 31, 63):
             self._prefill(500)
             tree, verified = self.tree(drafted), self.engine._trees.first(drafted)
@@ -175,7 +176,7 @@ class Bench:
                 self.runner.verify(draft.tokens[: verified.num_nodes], verified)
             found[drafted] = {
                 "draft_ms": self._replay_ms(("draft", filled, self.drafter)),
-                "verify_ms": self._replay_ms(("verify", verified.num_nodes)),
+                "verify_ms": self._replay_ms(("verify", verified.num_nodes, has_prefix)),
             }
         found["chunk_ms"] = {rows: self._chunk_ms(rows) for rows in (16, 64)}
         return found

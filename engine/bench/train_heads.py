@@ -38,7 +38,7 @@ from engine.training.dataset import (
 from engine.training.dense import TrainingModel, load_model
 from engine.training.dialogues import DialoguePlan, Script
 from engine.training.distill import DistillGoal, distill, remember_queries
-from engine.training.evaluate import evaluation_prompts, greedy_answers
+from engine.training.evaluate import evaluation_prompts, greedy_answers, kept_out_prompts
 from engine.training.filters import QueryFilter
 from engine.training.kernel_checks import check_kernels
 from engine.training.medusa1 import PREFIX_WINDOW, HeadTrainer, TrainingPlan, Vocabulary, build_heads
@@ -92,7 +92,7 @@ def run_distil(
 ) -> None:
     """Fill the data folder."""
     writer = ShardWriter(args.data, {"model": model.name}, args.shard_tokens)
-    queries = QueryFilter(evaluation_prompts())
+    queries = QueryFilter(kept_out_prompts())
     if writer.num_shards:
         remember_queries(args.data, queries, model.tokenizer, chat)
     ends = sorted(model.tokenizer.end_token_ids)

@@ -39,7 +39,8 @@ class Calibration:
     """The chosen order and figures; `scores` are tokens per step by estimator at a few sizes, on unseen answers.
 
     `expected` are tokens per step of the first n nodes; `by_depth` those of trees that steps prune, by depth and nodes,
-    if they were measured (`engine.training.pruned_worth`).
+    if they were measured (`engine.training.pruned_worth`), and `by_depth_of_frequent` the same where heads guess among
+    the `frequent` most used draft tokens alone.
     """
 
     order: list[Choice]
@@ -50,6 +51,8 @@ class Calibration:
     num_answers: int
     num_positions: int
     by_depth: Sequence[Sequence[float]] = ()
+    frequent: int = 0
+    by_depth_of_frequent: Sequence[Sequence[float]] = ()
 
 
 def independent(ranks: np.ndarray) -> Chance:
@@ -161,7 +164,9 @@ def write_calibration(path: Path, calibration: Calibration, about: Mapping[str, 
         **(about or {}),
         "order": [list(node) for node in calibration.order],
         "expected_tokens_per_step": [round(value, 4) for value in calibration.expected],
-        "expected_by_depth": [[round(value, 4) for value in row] for row in calibration.by_depth],
+        "expected_by_depth": _rounded(calibration.by_depth),
+        "frequent_tokens": calibration.frequent,
+        "expected_by_depth_of_frequent": _rounded(calibration.by_depth_of_frequent),
         "estimator": calibration.estimator,
         "estimator_scores": {
             name: {str(size): round(value, 4) for size, value in row.items()}
@@ -174,6 +179,10 @@ def write_calibration(path: Path, calibration: Calibration, about: Mapping[str, 
     unfinished = path.with_name(path.name + ".part")
     unfinished.write_text(json.dumps(content) + "\n")
     os.replace(unfinished, path)
+
+
+def _rounded(rows: Sequence[Sequence[float]]) -> list[list[float]]:
+    return [[round(value, 4) for value in row] for row in rows]
 
 
 def _shares(ranks: np.ndarray) -> np.ndarray:

@@ -5,6 +5,7 @@ from pathlib import Path
 from random import Random
 
 from engine.errors import InvalidParameterError
+from engine.native_drafter import FREQUENT_TOKENS
 from engine.nested_tree import tree_file
 from engine.training.calibrate import calibrate, expected_worth, write_calibration
 from engine.training.chat_format import read_chat_format
@@ -21,7 +22,7 @@ from engine.training.cli_options import (
 )
 from engine.training.dataset import TextSet, build_cache, hold_back, load_text
 from engine.training.dense import TrainingModel
-from engine.training.evaluate import evaluation_prompts, greedy_answers
+from engine.training.evaluate import calibration_prompts, greedy_answers, kept_out_prompts
 from engine.training.filters import QueryFilter
 from engine.training.medusa1 import Vocabulary
 from engine.training.pruned_worth import with_pruned
@@ -37,8 +38,8 @@ the model answers prompts made for this; with it, the conversations that `train`
 example:
   python launcher.py calibrate --heads heads.safetensors"""
 
-ANSWERS = {"cuda": 200, "cpu": 24}
-SEED = 77  # other requests than distillation draws first
+ANSWERS = {"cuda": 64, "cpu": 24}
+SEED = 77  # of what is asked beyond the written prompts: other requests than distillation draws first
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -68,7 +69,7 @@ def run(args: argparse.Namespace) -> int:
     if measured.num_answers < 2:
         raise InvalidParameterError(f"{measured.num_answers} answers are too few to calibrate on; leave --data out.")
     report("having the heads fill whole trees")
-    calibration = with_pruned(calibrate(measured), measured, heads, cache, vocabulary)
+    calibration = with_pruned(calibrate(measured), measured, heads, cache, vocabulary, FREQUENT_TOKENS)
     path = tree_file(args.heads)
     write_calibration(path, calibration, {"heads": args.heads.name, "model": model.name})
     print(f"Wrote {path}: {expected_worth(calibration)}.")
@@ -76,9 +77,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _own_answers(args: argparse.Namespace, model: TrainingModel, report: Report) -> TextSet:
-    queries, random = QueryFilter(evaluation_prompts()), Random(SEED)
     wanted = args.answers or ANSWERS[model.device.type]
-    prompts: list[str] = []
+    queries, random, prompts = QueryFilter(kept_out_prompts()), Random(SEED), calibration_prompts()[:wanted]
     while len(prompts) < wanted:
         request = draw_request(random)
         if queries.accept(request):

@@ -18,7 +18,7 @@ from engine.training.cli_options import Report, open_model, reporter, told_in_a_
 from engine.training.dense import TrainingModel
 from engine.training.dialogues import DialoguePlan, GivenPrompt, Script
 from engine.training.distill import DistillGoal, distill, remember_queries
-from engine.training.evaluate import evaluation_prompts
+from engine.training.evaluate import kept_out_prompts
 from engine.training.filters import QueryFilter
 from engine.training.prompt_file import Message, PromptFile, read_prompt_file
 from engine.training.server_answers import ChatServer
@@ -98,7 +98,7 @@ def _fill(
     report: Report,
 ) -> None:
     plan = DialoguePlan(max_answer=args.max_answer)
-    queries, random = QueryFilter(evaluation_prompts()), Random(args.seed * 100_003 + writer.num_shards)
+    queries, random = QueryFilter(kept_out_prompts()), Random(args.seed * 100_003 + writer.num_shards)
     if given is None:
         chat, prompts = read_chat_format(model.tokenizer), None
         capacity = 512 + args.max_answer
@@ -134,7 +134,7 @@ def _open_prompts(writer: ShardWriter, given: PromptFile, report: Report) -> lis
     settled = set(writer.rejected)
     if writer.num_shards:
         settled |= {document.source for document in read_documents(writer.folder)}
-    queries = QueryFilter(evaluation_prompts())
+    queries = QueryFilter(kept_out_prompts())
     held_out = {number for number, messages in enumerate(given.prompts) if queries.is_held_out(messages[-1]["content"])}
     if held_out:
         report(f"{len(held_out):,} prompts are left out: heads are judged by these, or by nearly the same ones")

@@ -12,14 +12,28 @@ from engine.training.dialogues import DialoguePlan, GivenPrompt, Script
 from engine.training.distill import answer_all
 from engine.training.filters import QueryFilter
 
-__all__ = ["evaluation_prompts", "greedy_answers"]
+__all__ = ["calibration_prompts", "evaluation_prompts", "greedy_answers", "kept_out_prompts"]
 
-_PROMPTS = Path(__file__).resolve().parents[1] / "bench" / "prompts" / "eval.txt"
+_PROMPTS = Path(__file__).resolve().parents[1] / "bench" / "prompts"
 
 
 def evaluation_prompts() -> list[str]:
     """Return the prompts that heads are judged by; data and calibration keep clear of them."""
-    return _PROMPTS.read_text(encoding="utf-8").splitlines()
+    return (_PROMPTS / "eval.txt").read_text(encoding="utf-8").splitlines()
+
+
+def calibration_prompts() -> list[str]:
+    """Return prompts that trees are chosen by: as people write them, not as distillation invents them.
+
+    To what is like their training text heads guess far better than to anything else, so a tree chosen by that is too
+    large.
+    """
+    return (_PROMPTS / "calibrate.txt").read_text(encoding="utf-8").splitlines()
+
+
+def kept_out_prompts() -> list[str]:
+    """Return the prompts that no training text may come near."""
+    return [*evaluation_prompts(), *calibration_prompts()]
 
 
 def greedy_answers(

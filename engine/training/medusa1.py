@@ -6,6 +6,7 @@ A loss is divided by the labels of the whole step, so parts of a step that sever
 """
 
 from collections.abc import Callable
+from copy import copy
 from dataclasses import replace
 from pathlib import Path
 
@@ -64,10 +65,18 @@ class Vocabulary:
         steps = torch.arange(1, count + 1, device=rows.device)
         return self.embeddings[tokens[(rows.unsqueeze(1) + steps).clamp(max=tokens.numel() - 1)]]
 
+    def first(self, count: int) -> "Vocabulary":
+        """Return the vocabulary of the first `count` draft tokens, to measure heads whose outputs are cut there."""
+        cut = copy(self)
+        assert self.token_map is not None, "without a draft vocabulary there is no order of use"
+        cut.token_map, cut.rows = self.token_map[:count], self.rows[:count]
+        cut.place = torch.where(self.place < count, self.place, IGNORED)
+        return cut
+
     def output_of(self, heads: MedusaHeads, head: int, shared: Tensor | None = None) -> Tensor:
         """Return the output matrix that `head` uses; `shared` stands in for the vocabulary's own rows."""
         if heads.config.output.startswith("own"):
-            return heads.outputs[head].weight
+            return heads.outputs[head].weight[: self.rows.shape[0]]
         return self.rows if shared is None else shared
 
 

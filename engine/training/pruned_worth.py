@@ -35,11 +35,26 @@ class NodeChances:
 
 
 def with_pruned(
-    calibration: Calibration, measured: AnswerRanks, heads: MedusaHeads, cache: HiddenCache, vocabulary: Vocabulary
+    calibration: Calibration,
+    measured: AnswerRanks,
+    heads: MedusaHeads,
+    cache: HiddenCache,
+    vocabulary: Vocabulary,
+    frequent: int = 0,
 ) -> Calibration:
-    """Add to a calibration what pruned trees of its order bring on the same answers."""
-    chances = measure_chances(heads, cache, vocabulary, calibration.order)
-    return replace(calibration, by_depth=expected_by_depth(calibration.order, chances, measured))
+    """Add to a calibration what pruned trees of its order bring on the same answers.
+
+    Also where a machine guesses among the `frequent` first draft tokens alone, if their order is that of use.
+    """
+
+    def expected(vocabulary: Vocabulary) -> list[list[float]]:
+        chances = measure_chances(heads, cache, vocabulary, calibration.order)
+        return expected_by_depth(calibration.order, chances, measured)
+
+    calibration = replace(calibration, by_depth=expected(vocabulary))
+    if not heads.config.frequent_first or not 0 < frequent < heads.config.draft_vocab:
+        return calibration
+    return replace(calibration, frequent=frequent, by_depth_of_frequent=expected(vocabulary.first(frequent)))
 
 
 @torch.no_grad()
