@@ -66,7 +66,7 @@ def kill_once(line: str, is_time: str) -> None:
 
 def top1(model: TrainingModel, heads: MedusaHeads, text: TextSet) -> float:
     """Return how often the heads' best guess is right."""
-    ranks = measure_ranks(heads, build_cache(model, text), Vocabulary(model, heads.token_map)).ranks
+    ranks = measure_ranks(heads, build_cache(model, text, heads=heads), Vocabulary(model, heads.token_map)).ranks
     return (ranks == 0).float().mean().item()
 
 
@@ -89,6 +89,8 @@ def test_commands_one_after_the_other(tmp_path: Path, capsys: pytest.CaptureFixt
     by_depth = content["expected_by_depth"]
     depths = range(1, len(by_depth) + 1)
     assert [len(row) for row in by_depth] == [1 + sum(len(node) <= d for node in content["order"]) for d in depths]
+    frequent = content["expected_by_depth_of_frequent"]  # none where all draft tokens are scored everywhere
+    assert (content["frequent_tokens"], [len(row) for row in frequent]) in ((0, []), (6144, [len(r) for r in by_depth]))
     assert by_depth[-1][-1] == pytest.approx(content["expected_tokens_per_step"][-1], abs=0.02)  # nothing is pruned
 
     model, heads = load_model("bundled", "cpu"), load_heads(heads_path)
