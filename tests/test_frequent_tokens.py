@@ -26,7 +26,8 @@ def test_a_calibration_knows_what_a_cut_vocabulary_brings(tmp_path: Path, freque
     vocabulary = Vocabulary(model, torch.arange(0, 150))
     heads = build_heads(replace(small_heads(vocabulary), frequent_first=True), vocabulary)
     cache = build_cache(model, random_text())
-    HeadTrainer(heads, vocabulary, cache, TrainingPlan(epochs=30, batch_tokens=256, window=32, warmup_steps=5)).run(print)
+    plan = TrainingPlan(epochs=30, batch_tokens=256, window=32, warmup_steps=5)
+    HeadTrainer(heads, vocabulary, cache, plan).run(lambda line: None)
     ranks = measure_ranks(heads, cache, vocabulary)
     calibration = with_pruned(calibrate(ranks), ranks, heads, cache, vocabulary, frequent)
     path = tmp_path / "heads.safetensors"
