@@ -80,6 +80,11 @@ class CudaRunner:
     def num_prefixed(self) -> int:
         return self._length if self._forward.prefix is None else self._prefixed
 
+    @property
+    def has_prefix(self) -> bool:
+        """Whether a prefix attention is attached."""
+        return self._forward.prefix is not None
+
     def attach(self, prefix: PrefixAttention) -> None:
         assert self._forward.prefix is None and self._length == 0, "attach once, before any text"
         layer = PrefixLayer(prefix, self.memory, self.linear, self.load)
@@ -117,7 +122,7 @@ class CudaRunner:
         nodes = copy_tables(tree, self.memory)
         nodes.tokens.copy_(torch.tensor(tokens))
         self.set_root(tokens[0])
-        key = "verify", tree.num_nodes, for_heads and self._forward.prefix is not None
+        key = "verify", tree.num_nodes, for_heads and self.has_prefix
         self.graphs.run(key, lambda: self._launch_verify(nodes, for_heads))
         self._verified, self._verified_for_heads = tree, for_heads
         return self.memory.hidden[: tree.num_nodes].clone()

@@ -57,6 +57,20 @@ def test_a_second_turn_prefills_only_what_is_new(engine: Engine) -> None:
     assert second.prompt_tokens - second.cached_tokens < 30
 
 
+def test_what_was_decoded_plainly_is_run_again_for_heads_that_look_back(engine: Engine) -> None:
+    """Heads read the whole text through their prefix attention, so a plain answer leaves a gap; texts do not know."""
+    first = answer(engine, QUESTION, medusa=False, max_tokens=30)
+    asked = {"role": "user", "content": "And three more?"}
+    longer = [*QUESTION, {"role": "assistant", "content": first.text}, asked]
+    with_heads = answer(engine, longer, medusa=True, tree_nodes=4, max_tokens=30)
+    assert with_heads.cached_tokens == first.prompt_tokens
+    plain = answer(engine, longer, medusa=False, max_tokens=30)
+    assert plain.tokens == with_heads.tokens
+    again = answer(engine, longer, medusa=True, tree_nodes=4, max_tokens=30)
+    assert again.cached_tokens == again.prompt_tokens - 1  # all of it was read for heads
+    assert (again.tokens, again.steps) == (with_heads.tokens, with_heads.steps)
+
+
 def test_a_seed_fixes_a_sampled_answer_with_and_without_medusa(engine: Engine) -> None:
     settings = {"temperature": 1.0, "max_tokens": 40}
     one, again = (answer(engine, QUESTION, seed=5, medusa=medusa, **settings) for medusa in (True, False))

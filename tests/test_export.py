@@ -15,6 +15,7 @@ from engine.models.cli_export import add_arguments, run
 from engine.models.export import export_heads
 from engine.models.head_formats import Target, read_heads
 from engine.models.heads_file import save_heads
+from engine.prefix_attention import PrefixConfig
 
 HIDDEN, VOCAB, DRAFT = 8, 24, 10
 TOKEN_MAP = torch.tensor([3, 0, 7, 23, 11, 5, 20, 1, 2, 9])
@@ -25,10 +26,16 @@ def lm_head() -> Tensor:
     return torch.randn(VOCAB, HIDDEN, generator=torch.Generator().manual_seed(1))
 
 
-def make_heads(output: str, num_layers: int = 1, width: int | None = None, sees: str = "hidden") -> MedusaHeads:
+def make_heads(
+    output: str,
+    num_layers: int = 1,
+    width: int | None = None,
+    sees: str = "hidden",
+    prefix: PrefixConfig | None = None,
+) -> MedusaHeads:
     """Return random heads; their matrices start at zero or as copies, which would hide mistakes."""
     draft_vocab = DRAFT if "truncated" in output else 0
-    config = HeadsConfig(HIDDEN, VOCAB, 3, num_layers, width, sees, output, draft_vocab)
+    config = HeadsConfig(HIDDEN, VOCAB, 3, num_layers, width, sees, output, draft_vocab, prefix=prefix)
     heads = MedusaHeads(config, TOKEN_MAP if draft_vocab else None)
     generator = torch.Generator().manual_seed(2)
     for parameter in heads.parameters():
@@ -138,6 +145,7 @@ def test_vllm_files(tmp_path: Path, lm_head: Tensor, output: str) -> None:
         ("medusa", {"output": "own", "width": 16}, "wide blocks (width 16)"),
         ("vllm", {"output": "own", "width": 16, "sees": "path"}, "wide blocks (width 16)"),
         ("medusa-v2", {"output": "shared", "width": 16, "sees": "root"}, "wide blocks (width 16)"),
+        ("vllm", {"output": "own", "prefix": PrefixConfig((1,), 2, 1, 8)}, "a prefix attention"),
         ("medusa", {"output": "truncated"}, "10 of 24 tokens"),
         ("medusa-v2", {"output": "own_truncated"}, "10 of 24 tokens"),
         ("medusa-v2", {"output": "own"}, "output matrices of their own"),
@@ -152,7 +160,7 @@ def test_what_a_layout_cannot_say_is_refused(
         export_heads(make_heads(**options), file_format, out, base_name="x/y", lm_head=lambda: lm_head)
     message = str(caught.value)
     assert reason in message and "`train --width none --sees hidden --output" in message
-    assert ("--format vllm" in message) == ("width" not in options)
+    assert ("--format vllm" in message) == (not {"width", "prefix"} & set(options))
     assert not (tmp_path / "out").exists()
 
 

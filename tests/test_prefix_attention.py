@@ -91,9 +91,7 @@ def test_plain_steps_are_not_seen_and_a_new_prompt_fills_the_gap() -> None:
     assert runner.num_prefixed == 2
 
 
-@pytest.mark.parametrize(
-    ("change", "message"), [({"num_heads": 7}, "has 7 heads"), ({"layers": (99,)}, "read layers")]
-)
+@pytest.mark.parametrize(("change", "message"), [({"num_heads": 7}, "has 7 heads"), ({"layers": (99,)}, "read layers")])
 def test_one_for_another_model_is_refused(change: dict, message: str) -> None:
     with pytest.raises(CheckpointMismatchError, match=message):
         replace(PREFIX, **change).check_fits(CONFIG)

@@ -69,6 +69,8 @@ def _refuse_inexpressible(config: HeadsConfig, file_format: str) -> None:
     reason = ""
     if config.width is not None:
         reason = f"they have wide blocks (width {config.width}), and no public layout has those"
+    elif config.prefix is not None:
+        reason = "they look back over the text through a prefix attention, and no public layout has one"
     elif config.draft_vocab and file_format != "vllm":
         reason = f"they draft from {config.draft_vocab} of {config.vocab_size} tokens, which only vllm can express"
     elif file_format == "medusa-v2" and config.output != "shared":
@@ -77,7 +79,8 @@ def _refuse_inexpressible(config: HeadsConfig, file_format: str) -> None:
         reason = f"they have {config.num_layers} residual layers, and its readers take exactly 1"
     if reason:
         output = "shared --layers 1" if file_format == "medusa-v2" else "own"
-        other = "; or export these as --format vllm" if config.width is None and file_format != "vllm" else ""
+        fits_vllm = config.width is None and config.prefix is None and file_format != "vllm"
+        other = "; or export these as --format vllm" if fits_vllm else ""
         raise InvalidParameterError(
             f"These heads cannot be written as {file_format}: {reason}. "
             f"Train exportable ones with `train --width none --sees hidden --output {output}`{other}."

@@ -94,7 +94,7 @@ def _add_shape(parser: argparse.ArgumentParser) -> None:
         type=_layers,
         default="auto",
         metavar="auto|none|N,N",
-        help="layers, from 0, that a prefix attention reads besides the last state (default: two in the middle)",
+        help="layers, from 0, that a prefix attention reads too (default: two in the middle; with --width none, none)",
     )
     shape.add_argument("--output", choices=OUTPUTS, default="truncated", help="output matrix (default: truncated)")
     shape.add_argument(
@@ -252,8 +252,11 @@ def _shape(args: argparse.Namespace, model: TrainingModel, vocabulary: Vocabular
 
 
 def _prefix(args: argparse.Namespace, config: BackboneConfig) -> PrefixConfig | None:
-    """Return the shape of the prefix attention that was asked for; raises CheckpointMismatchError for other layers."""
-    if args.prefix_layers == "none":
+    """Return the shape of the prefix attention that was asked for; raises CheckpointMismatchError for other layers.
+
+    The paper's heads get none by themselves: other programs have no words for it, and serve heads of that kind.
+    """
+    if args.prefix_layers == "none" or (args.prefix_layers == "auto" and args.width is None):
         return None
     layers = middle_layers(config) if args.prefix_layers == "auto" else args.prefix_layers
     prefix = PrefixConfig(layers, config.num_heads, config.num_kv_heads, config.head_dim)
