@@ -289,7 +289,7 @@ def test_a_depth_s_cost_changes_the_choice() -> None:
     report = shallow.report()
     assert (report["chosen"], report["depths"][4], report["depth_ms"]) == (4, 2, pytest.approx(2.0))
     assert report["step_ms"][4] == pytest.approx(10 + 0.4 * 4 + 2.0 * 2)
-    assert report["expected_gain"] > 1.05 * blind.report()["expected_gain"]
+    assert report["expected_gain"] > 1.03 * blind.report()["expected_gain"]
     tokens = f"{report['tokens_per_step'][4]:.2f}"
     assert report["reason"].startswith(f"4 drafted nodes, at most 2 deep, bring {tokens} tokens a step for 1.56x")
 
