@@ -93,7 +93,7 @@ class TrainingLoop(ABC):
             share = self.share
             if has_news and (share >= 1 or self._is_report_due(silent)):
                 figures = self.report(share, silent, self.processes.spoken(report))
-                if not math.isfinite(figures["loss"]):  # nothing is saved over the last good checkpoint
+                if not math.isfinite(figures["loss"]):  # further steps would learn nothing
                     raise InvalidParameterError(
                         f"The loss is {figures['loss']} at step {self.step}; start again with a lower --learning-rate "
                         f"than {self.plan.learning_rate}."
