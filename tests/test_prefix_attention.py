@@ -1,6 +1,7 @@
 """Prefix attention of draft heads: what heads read, on the torch runner and in training, and that it pays."""
 
-from dataclasses import replace
+import json
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -12,13 +13,15 @@ from engine.attention import attend_prefill
 from engine.errors import CheckpointMismatchError, InvalidParameterError
 from engine.heads import MedusaHeads
 from engine.kv_cache import KVCache
-from engine.models.heads_file import load_heads, save_heads
+from engine.models.heads_file import heads_config_of, load_heads, save_heads
 from engine.prefix_attention import PrefixAttention, PrefixConfig, feature, middle_layers
 from engine.torch_runner import TorchRunner
 from engine.training.dataset import TextSet, build_cache
 from engine.training.loop import TrainingPlan
 from engine.training.medusa1 import HeadTrainer, Vocabulary, build_heads
 from engine.training.medusa2 import JointPlan, JointTrainer
+from engine.training.prefix_states import begin_scaled, end_scaled
+from engine.training.processes import Processes
 from engine.training.ranks import measure_ranks
 from engine.training.windows import build_lanes
 from engine.tree import CandidateTree
@@ -109,14 +112,20 @@ def looking_back(documents: int = 600, seed: int = 1) -> TextSet:
     return TextSet(torch.cat(tokens).int(), torch.cat(labels), lengths, torch.ones(documents, dtype=torch.bool))
 
 
-def trained(prefix: PrefixConfig | None, checkpoint: Path | None = None, epochs: float = 10) -> HeadTrainer:
+def untrained(prefix: PrefixConfig | None, checkpoint: Path | None = None, epochs: float = 10) -> HeadTrainer:
     model = small_model()
     vocabulary = Vocabulary(model, torch.arange(0, 150))
     heads = build_heads(replace(small_heads(vocabulary), prefix=prefix), vocabulary)
-    plan = TrainingPlan(epochs=epochs, batch_tokens=720, window=36, learning_rate=8e-3, warmup_steps=10)
+    plan = TrainingPlan(
+        epochs=epochs, batch_tokens=720, window=36, learning_rate=8e-3, warmup_steps=10, checkpoint_seconds=0
+    )
     layers = () if prefix is None else prefix.layers
     lanes = build_lanes(model, looking_back(), plan.window, layers=layers)
-    trainer = HeadTrainer(heads, vocabulary, lanes, plan, checkpoint)
+    return HeadTrainer(heads, vocabulary, lanes, plan, checkpoint)
+
+
+def trained(prefix: PrefixConfig | None) -> HeadTrainer:
+    trainer = untrained(prefix)
     trainer.run(lambda line: None)
     return trainer
 
@@ -140,11 +149,60 @@ def test_heads_that_look_back_learn_what_others_cannot(tmp_path: Path) -> None:
 
 def test_a_stopped_training_goes_on_where_it_was(tmp_path: Path) -> None:
     """The channels' scale is part of the checkpoint: the matrix is learnt in units of it."""
-    whole = trained(PREFIX, epochs=2).heads
-    trained(PREFIX, tmp_path / "run.ckpt", epochs=2)
-    again = trained(PREFIX, tmp_path / "run.ckpt", epochs=2)
-    assert again.step == again.total_steps
-    torch.testing.assert_close(again.heads.state_dict(), whole.state_dict())
+    whole, begun = untrained(PREFIX, epochs=1), untrained(PREFIX, tmp_path / "run.ckpt", epochs=1)
+    whole.run(lambda line: None)
+    learn = begun.train_step
+
+    def stop_at_five(share: float) -> bool:
+        if begun.step == 5:
+            raise KeyboardInterrupt
+        return learn(share)
+
+    begun.train_step = stop_at_five  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
+        begun.run(lambda line: None)
+    again = untrained(PREFIX, tmp_path / "run.ckpt", epochs=1)
+    assert again.step == 5 < again.total_steps
+    again.run(lambda line: None)
+    torch.testing.assert_close(again.heads.state_dict(), whole.heads.state_dict(), rtol=1e-4, atol=1e-5)
+
+
+def test_channels_are_scaled_by_the_rows_of_all_processes() -> None:
+    width = PREFIX.num_features * CONFIG.hidden_size
+    rows = torch.randn(50, width) * 10 ** torch.linspace(-1, 1, width)
+
+    class Beside(Processes):
+        """One of two processes, which has no rows."""
+
+        def add_up(self, tensor: torch.Tensor) -> torch.Tensor:
+            return tensor + torch.cat([rows.double().pow(2).sum(0), torch.tensor([len(rows)])])
+
+    alone, beside = PrefixAttention(PREFIX, CONFIG.hidden_size), PrefixAttention(PREFIX, CONFIG.hidden_size)
+    begin_scaled(alone, rows.split(16))
+    begin_scaled(beside, [], Beside(1, 2, torch.device("cpu")))
+    factor, same = (prefix.query_key_value.parametrizations["weight"][0].factor for prefix in (alone, beside))
+    torch.testing.assert_close(factor, same)
+    scale = rows.pow(2).mean(0).sqrt()
+    large = scale > scale.median()
+    torch.testing.assert_close((rows * factor).pow(2).mean(0).sqrt()[large], torch.ones(int(large.sum())))
+    assert float(factor.max()) == pytest.approx(2 / float(scale.median()), rel=1e-3)  # small channels are not raised
+    before = alone.query_key_value.weight.detach().clone()
+    end_scaled(alone)
+    assert torch.equal(alone.query_key_value.weight, before)
+
+
+def test_learnt_weights_are_the_same_when_they_are_scaled_again() -> None:
+    """Training may start from heads that have learnt: what they compute is kept."""
+    prefix = random_prefix()
+    before = prefix.query_key_value.weight.detach().clone()
+    begin_scaled(prefix, [torch.randn(50, before.shape[1]) * 10])
+    torch.testing.assert_close(prefix.query_key_value.weight.detach(), before)
+
+
+def test_a_shape_from_a_later_version_is_refused(tmp_path: Path) -> None:
+    config = {"hidden_size": 96, "vocab_size": 211, "prefix": {**asdict(PREFIX), "layers": [0], "gate": "sigmoid"}}
+    with pytest.raises(CheckpointMismatchError, match=r"gate.*update this app"):
+        heads_config_of({"heads_config": json.dumps(config)}, tmp_path / "heads.safetensors")
 
 
 def test_lanes_without_middle_layers_are_refused() -> None:

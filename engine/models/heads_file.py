@@ -80,7 +80,10 @@ def heads_config_of(metadata: Mapping[str, str], path: Path) -> HeadsConfig:
     unknown = set(values) - {field.name for field in fields(HeadsConfig)}
     if unknown:
         raise CheckpointMismatchError(f"{path} names {', '.join(sorted(unknown))}; update this app to load it.")
-    return HeadsConfig.from_dict(values)
+    try:
+        return HeadsConfig.from_dict(values)
+    except (TypeError, KeyError) as error:  # within the prefix attention's shape
+        raise CheckpointMismatchError(f"{path} has a prefix of an unknown shape ({error}); update this app.") from error
 
 
 def quantize_rows(values: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,7 @@ __all__ = [
 ]
 
 MAX_RUN = 32
-MIDDLE = (
-    torch.float8_e4m3fn
-)  # of middle layers' features: they are of unit scale, and in 16 bits twice the states' size
+MIDDLE = torch.float8_e4m3fn  # of middle layers' features: of unit scale, and in 16 bits twice the states' size
 HELD_BACK = 1500  # conversations, or a tenth of them where that is less
 
 
@@ -148,6 +146,7 @@ def build_cache(
     its answers stand in the place of the hidden states, to measure these heads.
     """
     prefix = None if heads is None else heads.prefix
+    assert prefix is None or not layers, "a cache is to learn from, or of what these heads read"
     text = text.select(text.lengths.argsort())
     device, config = model.device, model.backbone.config
     total = text.num_tokens

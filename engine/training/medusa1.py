@@ -5,7 +5,7 @@ of windows of the flat text; in each, the positions whose next two tokens are la
 A loss is divided by the labels of the whole step, so parts of a step that several processes take sum up to it.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from copy import copy
 from dataclasses import replace
 from pathlib import Path
@@ -35,7 +35,7 @@ __all__ = [
     "heads_loss",
 ]
 
-SAMPLE = 65536  # tokens by which the scale of channels is measured
+ROWS = 8192  # of the cache's states in float32 at a time
 PREFIX_WINDOW = 1024  # tokens of a window where a prefix attention learns to look back
 DEPTH_WEIGHT = 0.8  # head i counts 0.8^i (MEDUSA, section 2.2)
 
@@ -176,12 +176,12 @@ class HeadTrainer(TrainingLoop):
         processes: Processes = ALONE,
     ) -> None:
         lanes = Lanes.of(text) if isinstance(text, HiddenCache) else text
-        self.heads, self.vocabulary, self.cache = heads, vocabulary, lanes.cache
+        self.heads, self.vocabulary, self.cache = heads.requires_grad_(True), vocabulary, lanes.cache
         windows_per_step = max(1, plan.batch_tokens // plan.window)
         halo = heads.config.num_heads + 1
         self.batches = WindowBatches(lanes, plan.window, windows_per_step, halo, plan.seed)
         if heads.prefix is not None:  # before the optimiser takes the parameters
-            begin_scaled(heads.prefix, self._sample())
+            begin_scaled(heads.prefix, self._features(), processes)
         groups = [(list(heads.parameters()), 1.0)]
         super().__init__(heads, groups, plan, self.batches.num_steps, checkpoint, processes)
         self._sums = HeadSums(heads.config.num_heads, self.device)
@@ -216,15 +216,15 @@ class HeadTrainer(TrainingLoop):
         read = heads_states(self.heads.prefix, self.vocabulary.backbone, hidden, middle)
         return replace(batch, hidden=read.flatten(0, 1))
 
-    def _sample(self) -> Tensor:
-        """Return features of some tokens, [rows, features x hidden]."""
-        cache, middle = self.cache, self.cache.middle
+    def _features(self) -> Iterator[Tensor]:
+        """Yield the features of all tokens, [rows, features x hidden]."""
+        hidden, middle = self.cache.hidden, self.cache.middle
         if middle is None:
             raise InvalidParameterError(
                 "A prefix attention learns from middle layers; build the lanes with its layers."
             )
-        rows = torch.arange(0, cache.num_tokens, max(1, cache.num_tokens // SAMPLE), device=middle.device)
-        return torch.cat([cache.hidden[rows].float(), middle[rows].float()], dim=-1)
+        for ours, theirs in zip(hidden.split(ROWS), middle.split(ROWS), strict=True):
+            yield torch.cat([ours.float(), theirs.float()], dim=-1)
 
     def report(self, share: float, seconds: float, report: Callable[[str], None]) -> dict[str, float]:
         sums, self._sums = self._sums, HeadSums(self.heads.config.num_heads, self.device)

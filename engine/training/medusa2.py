@@ -6,7 +6,7 @@ First the heads may learn alone; then lambda0 rises along a quarter of a sine.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -28,6 +28,7 @@ from engine.training.processes import ALONE, Processes
 
 __all__ = ["JointPlan", "JointTrainer"]
 
+SAMPLED = 4  # batches by which the scale of channels is measured
 HEAD_RATE = 4.0  # the heads' learning rate over the backbone's (paper, section 2.2.2)
 
 
@@ -86,7 +87,7 @@ class JointTrainer(TrainingLoop):
         self.adapters = LoraAdapters(model.backbone, seed=plan.seed)
         self.batches = DocumentBatches(text, plan.batch_tokens, model.device, plan.seed, processes)
         if heads.prefix is not None:  # before the optimiser takes the parameters
-            begin_scaled(heads.prefix, self._sample())
+            begin_scaled(heads.prefix, self._features(), processes)
         module = nn.ModuleDict({"heads": heads, "adapters": self.adapters})
         groups = [(list(self.adapters.parameters()), 1.0), (list(heads.parameters()), HEAD_RATE)]
         super().__init__(module, groups, plan, self.batches.num_batches, checkpoint, processes)
@@ -118,7 +119,7 @@ class JointTrainer(TrainingLoop):
             with self.adapters.switched_off():
                 return self._heads_loss(batch, self._states(batch, learns=False), None, counts[1:])
         with torch.no_grad(), self.adapters.switched_off():
-            teacher = self._states(batch).hidden
+            teacher = self._run(batch)[0][batch.is_text]
         states, output = self._states(batch), self.output()
         loss = self._backbone_loss(batch, states.hidden, output, teacher) / counts[0]
         return loss + self.plan.lambda_at(share) * self._heads_loss(batch, states, output, counts[1:])
@@ -156,12 +157,14 @@ class JointTrainer(TrainingLoop):
         return hidden, middle_features(left)
 
     @torch.no_grad()
-    def _sample(self) -> Tensor:
-        """Return features of one batch's tokens, [tokens, features x hidden]."""
-        batch = self.batches.batch(0, 0)
-        hidden, middle = self._run(batch)
-        assert middle is not None
-        return torch.cat([hidden, middle], dim=-1)[batch.is_text]
+    def _features(self) -> Iterator[Tensor]:
+        """Yield the features of the first batches' tokens, [tokens, features x hidden]; what is empty is not run."""
+        for place in range(min(SAMPLED, self.batches.num_batches)):
+            batch = self.batches.batch(0, place)
+            if batch.tokens.numel():
+                hidden, middle = self._run(batch)
+                assert middle is not None
+                yield torch.cat([hidden, middle], dim=-1)[batch.is_text]
 
     def _backbone_loss(self, batch: PaddedBatch, hidden: Tensor, output: Tensor, teacher: Tensor) -> Tensor:
         """Return the summed divergence."""

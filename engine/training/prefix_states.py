@@ -5,6 +5,8 @@ the first attention scores, and what looks back learns nothing. So training sees
 done, the factors are made part of the matrix.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -12,6 +14,7 @@ from torch.nn.utils import parametrize
 
 from engine.backbone import Backbone
 from engine.prefix_attention import PrefixAttention, feature
+from engine.training.processes import ALONE, Processes
 
 __all__ = ["attend_repeated", "begin_scaled", "end_scaled", "heads_states", "middle_features"]
 
@@ -64,14 +67,14 @@ class _ColumnScale(nn.Module):
         return matrix / self.factor
 
 
-def begin_scaled(prefix: PrefixAttention, features: Tensor) -> None:
-    """Learn the matrix over features as if every channel had the same scale in `features` [rows, K].
+def begin_scaled(prefix: PrefixAttention, parts: Iterable[Tensor], processes: Processes = ALONE) -> None:
+    """Learn the matrix over features as if every channel had the same scale in all processes' parts [rows, K].
 
     Fresh weights are taken as they are, for scaled channels; the factors become part of the module's state.
     """
-    scale = features.float().pow(2).mean(0).sqrt()
-    factor = 1 / scale.clamp(min=SMALLEST * float(scale.median()) + 1e-6)
     linear = prefix.query_key_value
+    scale = _channel_scales(parts, linear.weight, processes)
+    factor = 1 / scale.clamp(min=SMALLEST * float(scale.median()) + 1e-6)
     if not bool(prefix.output.weight.any()):  # fresh: nothing has been learnt for unscaled channels
         linear.weight.data *= factor
     parametrize.register_parametrization(linear, "weight", _ColumnScale(factor))
@@ -81,3 +84,13 @@ def end_scaled(prefix: PrefixAttention) -> None:
     """Make the factors part of the matrix, where there are some."""
     if parametrize.is_parametrized(prefix.query_key_value):
         parametrize.remove_parametrizations(prefix.query_key_value, "weight")
+
+
+def _channel_scales(parts: Iterable[Tensor], matrix: Tensor, processes: Processes) -> Tensor:
+    """Return the root mean square [K] of every column of the parts together; a process may have no rows."""
+    sums = torch.zeros(matrix.shape[1] + 1, dtype=torch.float64, device=matrix.device)  # of squares, then of rows
+    for part in parts:
+        sums[:-1] += part.float().pow(2).sum(0)
+        sums[-1] += len(part)
+    sums = processes.add_up(sums)
+    return (sums[:-1] / sums[-1]).sqrt().float()
