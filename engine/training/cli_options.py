@@ -90,12 +90,18 @@ def open_model(model: str, device: str, report: Report, quantize: str = "none") 
 
 
 def open_heads(path: Path, model: TrainingModel, report: Report) -> MedusaHeads:
-    """Load heads of any layout that belong to `model`, in float32 on its device."""
+    """Load heads of any layout that belong to `model`, in float32 on its device.
+
+    Raises CheckpointMismatchError for another model's.
+    """
     config = model.backbone.config
     target = Target(config.hidden_size, config.vocab_size, model.name, lambda: model.lm_head_weight.cpu())
     checkpoint = read_heads(path, target)
     for note in checkpoint.notes:
         report(note)
+    prefix = checkpoint.heads.config.prefix
+    if prefix is not None:
+        prefix.check_fits(config)
     return checkpoint.heads.float().to(model.device)
 
 

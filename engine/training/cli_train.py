@@ -14,6 +14,7 @@ from engine.backbone import BackboneConfig
 from engine.build import choose_device
 from engine.errors import InvalidParameterError
 from engine.heads import OUTPUTS, SEES, HeadsConfig, MedusaHeads, parameter_count
+from engine.kernels.fused_ops import MAX_MIDDLE
 from engine.models.heads_file import STORAGES, save_heads
 from engine.prefix_attention import PrefixConfig, middle_layers
 from engine.training.checkpoint import saved_settings
@@ -151,7 +152,7 @@ def _width(text: str) -> int | None:
 
 
 def _layers(text: str) -> str | tuple[int, ...]:
-    return text if text in ("auto", "none") else tuple(int(at_least(0)(number)) for number in text.split(","))
+    return text if text in ("auto", "none") else tuple(sorted({int(at_least(0)(part)) for part in text.split(",")}))
 
 
 @told_in_a_sentence
@@ -169,9 +170,13 @@ def run(args: argparse.Namespace) -> int:
     if not train.num_documents:
         raise InvalidParameterError(f"{args.data} holds too little; let distill write at least 20 conversations.")
     _adopt(args, saved_settings(checkpoint))
-    train = _limited(args, train, model, processes, report)
+    given = None if args.start_heads is None else open_heads(args.start_heads, model, report)
+    prefix = _prefix(args, model.backbone.config) if given is None else given.config.prefix
+    layers = () if prefix is None else prefix.layers
+    train = _limited(args, train, model, len(layers), processes, report)
     report(f"{train.num_documents:,} conversations, {train.num_tokens:,} tokens; {held.num_documents:,} held back")
-    heads, vocabulary = _heads(args, train, model, report)
+    heads, vocabulary = _heads(args, train, model, given, prefix)
+    report(f"{heads.config.num_heads} heads, {parameter_count(heads):,} parameters")
     plan = _plan(args, train, model, processes, heads)
     args.out.parent.mkdir(parents=True, exist_ok=True)
     if not processes.is_alone:
@@ -182,7 +187,6 @@ def run(args: argparse.Namespace) -> int:
             model, heads, vocabulary, train, held, plan, checkpoint, args.out, args.storage, report, processes
         )
     else:
-        layers = () if heads.prefix is None else heads.prefix.config.layers
         lanes = build_lanes(model, train, plan.window, processes, report, layers)
         trainer = HeadTrainer(heads, vocabulary, lanes, plan, checkpoint, processes)
         line = _train_heads(args, model, trainer, report)
@@ -216,17 +220,17 @@ def _check(args: argparse.Namespace, checkpoint: Path) -> None:
 
 
 def _heads(
-    args: argparse.Namespace, train: TextSet, model: TrainingModel, report: Report
+    args: argparse.Namespace,
+    train: TextSet,
+    model: TrainingModel,
+    given: MedusaHeads | None,
+    prefix: PrefixConfig | None,
 ) -> tuple[MedusaHeads, Vocabulary]:
-    """Return the heads to train, given or fresh, and their vocabulary."""
-    if args.start_heads is None:
-        vocabulary = Vocabulary(model, _token_map(args, train, model))
-        heads = build_heads(_shape(args, model, vocabulary), vocabulary)
-    else:
-        heads = open_heads(args.start_heads, model, report)
-        vocabulary = Vocabulary(model, heads.token_map)
-    report(f"{heads.config.num_heads} heads, {parameter_count(heads):,} parameters")
-    return heads, vocabulary
+    """Return the heads to train, given or fresh with this prefix attention, and their vocabulary."""
+    if given is not None:
+        return given, Vocabulary(model, given.token_map)
+    vocabulary = Vocabulary(model, _token_map(args, train, model))
+    return build_heads(_shape(args, model, vocabulary, prefix), vocabulary), vocabulary
 
 
 def _check_model(args: argparse.Namespace, model: TrainingModel) -> None:
@@ -235,7 +239,9 @@ def _check_model(args: argparse.Namespace, model: TrainingModel) -> None:
         raise InvalidParameterError(f"{args.data} holds data of {made_by}, not of {model.name}; give its own model.")
 
 
-def _shape(args: argparse.Namespace, model: TrainingModel, vocabulary: Vocabulary) -> HeadsConfig:
+def _shape(
+    args: argparse.Namespace, model: TrainingModel, vocabulary: Vocabulary, prefix: PrefixConfig | None
+) -> HeadsConfig:
     config = model.backbone.config
     return HeadsConfig(
         hidden_size=config.hidden_size,
@@ -247,21 +253,24 @@ def _shape(args: argparse.Namespace, model: TrainingModel, vocabulary: Vocabular
         output=args.output,
         draft_vocab=0 if vocabulary.token_map is None else vocabulary.rows.shape[0],
         frequent_first=vocabulary.token_map is not None,
-        prefix=_prefix(args, config),
+        prefix=prefix,
     )
 
 
 def _prefix(args: argparse.Namespace, config: BackboneConfig) -> PrefixConfig | None:
-    """Return the shape of the prefix attention that was asked for; raises CheckpointMismatchError for other layers.
+    """Return the shape of the prefix attention that was asked for; raises InvalidParameterError for other layers.
 
     The paper's heads get none by themselves: other programs have no words for it, and serve heads of that kind.
     """
     if args.prefix_layers == "none" or (args.prefix_layers == "auto" and args.width is None):
         return None
     layers = middle_layers(config) if args.prefix_layers == "auto" else args.prefix_layers
-    prefix = PrefixConfig(layers, config.num_heads, config.num_kv_heads, config.head_dim)
-    prefix.check_fits(config)
-    return prefix
+    if len(layers) > MAX_MIDDLE or layers[-1] >= config.num_layers:
+        raise InvalidParameterError(
+            f"--prefix-layers names {', '.join(map(str, layers))}; up to {MAX_MIDDLE} layers from 0 to "
+            f"{config.num_layers - 1} can be read."
+        )
+    return PrefixConfig(layers, config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 def _token_map(args: argparse.Namespace, train: TextSet, model: TrainingModel) -> torch.Tensor | None:
@@ -287,7 +296,7 @@ def _plan(
         epochs=epochs,
         seconds=float("inf") if args.time_limit is None else args.time_limit,
         batch_tokens=batch,
-        window=TrainingPlan.window if heads.prefix is None else min(PREFIX_WINDOW, batch),
+        window=TrainingPlan.window if heads.prefix is None else _prefix_window(batch, model, heads),
         learning_rate=RATES[args.recipe] if args.learning_rate is None else args.learning_rate,
         warmup_steps=max(1, min(100, steps // 10)),
         checkpoint_seconds=args.save_every,
@@ -300,12 +309,23 @@ def _plan(
     return JointPlan(**vars(plan), lambda0=args.lambda0, heads_first=alone, ramp=args.ramp)
 
 
+def _prefix_window(batch: int, model: TrainingModel, heads: MedusaHeads) -> int:
+    """Return how far a prefix attention learns to look back: with the tokens guessed, no further than positions go."""
+    room = model.backbone.config.max_positions - heads.config.num_heads - 1
+    return min(PREFIX_WINDOW, batch, room)
+
+
 def _limited(
-    args: argparse.Namespace, train: TextSet, model: TrainingModel, processes: Processes, report: Report
+    args: argparse.Namespace,
+    train: TextSet,
+    model: TrainingModel,
+    num_middle: int,
+    processes: Processes,
+    report: Report,
 ) -> TextSet:
     """Return as much of the text as was asked for, or as what all processes keep of it leaves room for."""
     kept = 0 if args.recipe == "medusa2" else model.backbone.config.hidden_size
-    row_bytes = (2 + 2) * kept + 9  # hidden states in 16 bits, and the features of two middle layers in 8
+    row_bytes = (2 + num_middle) * kept + 9  # hidden states in 16 bits, and the features of middle layers in 8
     room = int(torch.cuda.mem_get_info()[0] * 0.6) if model.device.type == "cuda" else 4 * 2**30
     shares = processes.count if kept else 1  # states are shared out, text is not
     limit = args.max_tokens or processes.smallest(room) * shares // row_bytes
