@@ -31,7 +31,6 @@ from engine.kernels.nvrtc import KernelCompileError
 from engine.linear import DenseLinear, Int8Linear, PackedInt4Linear, QuantizedEmbedding, RowwiseLinear
 from engine.native_drafter import NativeDrafter
 from engine.native_runner import NativeRunner
-from engine.prefix_attention import PrefixAttention
 from engine.runner import Runner
 from engine.step_times import SIZES
 from engine.torch_runner import TorchRunner
@@ -181,6 +180,7 @@ def build_drafter(heads: MedusaHeads, built: Built, lm_head: Weight) -> tuple[Dr
     """
     if heads.prefix is not None:
         built.runner.attach(heads.prefix)
+        heads.prefix = None  # held and counted by the runner alone
     if isinstance(built.runner, CudaRunner):
         try:
             return CudaDrafter(heads, built.runner, lm_head), ()
@@ -267,7 +267,7 @@ def _swap_linears(module: nn.Module, linear: LinearFactory) -> None:
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             setattr(module, name, _Biased(linear(DenseWeight(child.weight.detach())), child.bias))
-        elif not isinstance(child, PrefixAttention):  # that is the runner's
+        else:
             _swap_linears(child, linear)
 
 

@@ -334,6 +334,7 @@ def test_heads_bring_it_to_the_runner(
     built = Built(bare, partial(DenseLinear, dtype=torch.float32))
     drafter, _ = build_drafter(heads, built, weights.lm_head)
     assert isinstance(drafter, kind)
+    assert heads.prefix is None and bare.memory_bytes() == runner.memory_bytes()  # it is the runner's alone
     for each in (bare, runner):
         each.prefill([3, 1, 4, 1, 5])
     assert torch.equal(bare.heads_state(), runner.heads_state())
