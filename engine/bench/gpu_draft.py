@@ -81,6 +81,8 @@ class Bench:
         assert path is not None, "the bundled model has heads"
         target = Target(config.hidden_size, config.vocab_size, self.source.name, lm_head.dequantize)
         heads = read_heads(path, target).heads
+        if heads.prefix is not None:
+            self.runner.attach(heads.prefix)
         self.trees = NestedTree.beside(path).limited(heads.config.num_heads)
         self.fused, self.apart = (
             CudaDrafter(heads, self.runner, lm_head, is_fused=is_fused) for is_fused in (True, False)
@@ -101,13 +103,13 @@ class Bench:
 
     @cached_property
     def states(self) -> list[tuple[Tensor, int]]:
-        """Hidden states at the ends of prompts, and the backbone's tokens there."""
+        """What heads read at the ends of prompts, and the backbone's tokens there."""
         found = []
         for prompt in PROMPTS.read_text().splitlines()[:8]:
             self.runner.truncate(0)
             tokens = self.source.tokenizer.encode_chat([{"role": "user", "content": prompt}])
-            state = self.runner.prefill(tokens[-64:])
-            found.append((state, self.runner.greedy(state.unsqueeze(0))[0]))
+            hidden = self.runner.prefill(tokens[-64:])
+            found.append((self.runner.heads_state(), self.runner.greedy(hidden.unsqueeze(0))[0]))
         return found
 
     def tree(self, size: int) -> CandidateTree:

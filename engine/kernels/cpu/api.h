@@ -80,7 +80,8 @@ EXPORT int decoder_heads_state(const Decoder *decoder, float *state);
 enum { PART_NORMS, PART_QKV, PART_ATTENTION, PART_OUTPUT, PART_GATE_UP, PART_DOWN, PART_PREFIX, NUM_PARTS };
 EXPORT void decoder_measure(Decoder *decoder, double *times);
 
-/* Copy committed keys and values of one layer, the prefix attention's being the one after the last: [kv_heads][length][head_dim] each. */
+/* Copy committed keys and values of one layer, the prefix attention's being the one after the last:
+ * [kv_heads][length][head_dim] each. */
 EXPORT void decoder_rows(const Decoder *decoder, int layer, float *keys, float *values);
 
 /* Draft heads whose first block may see the tokens before its guess (see engine/heads.py). `matrices` holds for each
