@@ -7,6 +7,7 @@ hidden state that heads read, as in Hydra++ (arXiv 2402.05109, section 5) with t
 cache, and no part in what the backbone computes: the text does not depend on it.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -26,6 +27,12 @@ class PrefixConfig:
     num_heads: int
     num_kv_heads: int
     head_dim: int
+
+    @staticmethod
+    def of(backbone: BackboneConfig, layers: Sequence[int] | None = None) -> "PrefixConfig":
+        """Return the shape that fits a backbone; it reads `layers`, by default two in the middle."""
+        chosen = middle_layers(backbone) if layers is None else tuple(layers)
+        return PrefixConfig(chosen, backbone.num_heads, backbone.num_kv_heads, backbone.head_dim)
 
     @property
     def num_features(self) -> int:

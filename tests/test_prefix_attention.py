@@ -14,7 +14,7 @@ from engine.errors import CheckpointMismatchError, InvalidParameterError
 from engine.heads import MedusaHeads
 from engine.kv_cache import KVCache
 from engine.models.heads_file import heads_config_of, load_heads, save_heads
-from engine.prefix_attention import PrefixAttention, PrefixConfig, feature, middle_layers
+from engine.prefix_attention import PrefixAttention, PrefixConfig, feature
 from engine.torch_runner import TorchRunner
 from engine.training.dataset import TextSet, build_cache
 from engine.training.loop import TrainingPlan
@@ -26,7 +26,7 @@ from engine.training.ranks import measure_ranks
 from engine.training.windows import build_lanes
 from engine.tree import CandidateTree
 
-PREFIX = PrefixConfig(middle_layers(CONFIG), CONFIG.num_heads, CONFIG.num_kv_heads, CONFIG.head_dim)
+PREFIX = PrefixConfig.of(CONFIG)
 TREE = CandidateTree.from_choices([(0,), (1,), (0, 0), (0, 1), (0, 0, 0)])
 
 

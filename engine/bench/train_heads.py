@@ -20,7 +20,6 @@ from random import Random
 import numpy as np
 import torch
 
-from engine.backbone import BackboneConfig
 from engine.heads import HeadsConfig, MedusaHeads, parameter_count
 from engine.models.heads_file import load_heads, save_heads
 from engine.prefix_attention import PrefixConfig, middle_layers
@@ -196,7 +195,7 @@ def train_variant(
         num_heads=args.heads,
         draft_vocab=vocabulary.rows.shape[0],
         frequent_first=True,
-        prefix=_prefix(config) if variant.prefix else None,
+        prefix=PrefixConfig.of(config) if variant.prefix else None,
         **variant.shape,  # type: ignore[arg-type]
     )
     heads = build_heads(shape, vocabulary)
@@ -207,10 +206,6 @@ def train_variant(
     trainer = HeadTrainer(heads, vocabulary, cache, plan, checkpoint)
     figures = trainer.run(lambda line: report(f"{variant.name}: {line}"))
     return heads, figures
-
-
-def _prefix(config: BackboneConfig) -> PrefixConfig:
-    return PrefixConfig(middle_layers(config), config.num_heads, config.num_kv_heads, config.head_dim)
 
 
 def finish_variant(

@@ -16,7 +16,7 @@ from engine.errors import InvalidParameterError
 from engine.heads import OUTPUTS, SEES, HeadsConfig, MedusaHeads, parameter_count
 from engine.kernels.fused_ops import MAX_MIDDLE
 from engine.models.heads_file import STORAGES, save_heads
-from engine.prefix_attention import PrefixConfig, middle_layers
+from engine.prefix_attention import PrefixConfig
 from engine.training.checkpoint import saved_settings
 from engine.training.cli_options import (
     Report,
@@ -264,13 +264,15 @@ def _prefix(args: argparse.Namespace, config: BackboneConfig) -> PrefixConfig | 
     """
     if args.prefix_layers == "none" or (args.prefix_layers == "auto" and args.width is None):
         return None
-    layers = middle_layers(config) if args.prefix_layers == "auto" else args.prefix_layers
+    if args.prefix_layers == "auto":
+        return PrefixConfig.of(config)
+    layers = args.prefix_layers
     if len(layers) > MAX_MIDDLE or layers[-1] >= config.num_layers:
         raise InvalidParameterError(
             f"--prefix-layers names {', '.join(map(str, layers))}; up to {MAX_MIDDLE} layers from 0 to "
             f"{config.num_layers - 1} can be read."
         )
-    return PrefixConfig(layers, config.num_heads, config.num_kv_heads, config.head_dim)
+    return PrefixConfig.of(config, layers)
 
 
 def _token_map(args: argparse.Namespace, train: TextSet, model: TrainingModel) -> torch.Tensor | None:
