@@ -96,7 +96,7 @@ class TrainingLoop(ABC):
                 if not math.isfinite(figures["loss"]):  # further steps would learn nothing
                     raise InvalidParameterError(
                         f"The loss is {figures['loss']} at step {self.step}; start again with a lower --learning-rate "
-                        f"than {self.plan.learning_rate}."
+                        f"than {self.plan.learning_rate} and another --out."
                     )
                 reported, has_news = time.monotonic(), False
             if share >= 1:
